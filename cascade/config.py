@@ -102,7 +102,10 @@ class UNetConfig:
     text_dims: tuple[int, ...] = ()  # widths of the token sequences; () is a network without text
     context_dim: int | None = None  # width to which the tokens are projected; None: no projection layer
     pool_heads: int = 8  # heads of the attention pooling of text
+    pool_projected: bool = False  # pool the projected tokens instead of the encoder's own
+    learned_null: bool = True  # learned null text; False: the null is the encoded empty prompt
     image_embed_dim: int | None = None  # CLIP image embedding
+    image_embed_scale: float = 1.0  # sqrt(dim) brings a unit-norm embedding to unit variance
     image_tokens: int = 4  # tokens made of the image embedding (unCLIP 2.1)
     lowres_channels: int = 0  # 3 in a super-resolution stage
     dropout: float = 0.0

@@ -35,11 +35,14 @@ TONES = {
     "1f3fe": "medium-dark",
     "1f3ff": "dark",
 }
+REGIONAL = {f"{point:x}" for point in range(0x1F1E6, 0x1F200)}  # letters: two of them are a flag
 SIGNS = {"2640": "woman", "2642": "man"}
+CHILDREN = {"1f9d2", "1f466", "1f467"}
+HANDSHAKE, TWO_HANDS = "1f91d", "1faf1-200d-1faf2"  # two tones need a right and a left hand
 HOLD_HANDS = "1f9d1-200d-1f91d-200d-1f9d1"
 # Code points that draw people: the neutral form, and the gender. Several professions have a code point
 # a gender, and several couples have both one code point and a sequence; each must land on one base.
-PEOPLE: dict[str, tuple[str, str | None]] = {
+PEOPLE: dict[str, tuple[str, str]] = {
     "1f9d1": ("1f9d1", "person"),
     "1f468": ("1f9d1", "man"),
     "1f469": ("1f9d1", "woman"),
@@ -55,6 +58,7 @@ PEOPLE: dict[str, tuple[str, str | None]] = {
     "1fac4": ("1fac4", "person"),  # pregnant
     "1fac3": ("1fac4", "man"),
     "1f930": ("1fac4", "woman"),
+    "1f9d5": ("1f9d5", "woman"),  # woman with headscarf: no other form exists
     "1f57a": ("1f483", "man"),  # dancing: no neutral form exists
     "1f483": ("1f483", "woman"),
     "1f385": ("1f9d1-200d-1f384", "man"),  # Santa, Mrs., Mx. Claus
@@ -66,7 +70,6 @@ PEOPLE: dict[str, tuple[str, str | None]] = {
     "1f48f": ("1f9d1-200d-2764-200d-1f48b-200d-1f9d1", "person"),
     "1f46f": ("1f9d1-200d-1f430-200d-1f9d1", "person"),  # bunny ears
     "1f93c": ("1f9d1-200d-1faef-200d-1f9d1", "person"),  # wrestling
-    "1f91d": ("1faf1-200d-1faf2", None),  # handshake: a right and a left hand
 }
 
 
@@ -211,18 +214,18 @@ def person_of(code: str) -> tuple[str, str | None, str | None]:
     share it. A lone skin tone or gender sign is an object of its own, not a marker.
     """
     points = code.split("-")
-    if len(points) == 1 and code not in PEOPLE:
+    if code in TONES or code in SIGNS:
         return code, None, None
     tones = [TONES[point] for point in points if point in TONES]
     signs = [SIGNS[point] for point in points if point in SIGNS]
     genders = [PEOPLE[point][1] for point in points if point in PEOPLE]
-    neutral = [PEOPLE.get(point, (point, None))[0] for point in points if point not in TONES]
-    base = "-".join(neutral)
+    neutral = [PEOPLE[point][0] if point in PEOPLE else point for point in points if point not in TONES]
+    base = TWO_HANDS if neutral == [HANDSHAKE] else "-".join(neutral)
     for sign in SIGNS:
         base = base.replace(f"-200d-{sign}", "")
-    if len(genders) > 2:  # a family is a group, not a gender
+    if len(genders) > 1 and CHILDREN.intersection(points):  # a family is a group, not a gender
         return base, _joined(tones), None
-    return base, _joined(tones), _joined(signs or [gender for gender in genders if gender is not None])
+    return base, _joined(tones), _joined(signs or genders)
 
 
 def _joined(values: Sequence[str]) -> str | None:
@@ -244,10 +247,13 @@ def captions_of(entries: Iterable[dict[str, Any]], groups: dict[str, str]) -> di
         base, tone, gender = person_of(code)
         # Regional indicators have no group of their own.
         group = groups[str(entry["group"])] if "group" in entry else "component"
-        found[code] = dict(label=entry["label"], tags=tags, group=group, base=base, tone=tone, gender=gender)
+        found[code] = {"label": entry["label"], "tags": tags, "group": group}
+        found[code] |= {"base": base, "tone": tone, "gender": gender}
     gendered = {item["base"] for item in found.values() if item["gender"] in ("man", "woman")}
     for item in found.values():
-        if item["gender"] is None and item["base"] in gendered:  # "police officer" beside "man police officer"
+        if (
+            item["gender"] is None and item["base"] in gendered
+        ):  # "police officer" beside "man police officer"
             item["gender"] = "person"
         item["cell"] = cell_of(item["base"], item["tone"], item["gender"])
     return found
@@ -271,13 +277,17 @@ def held_out(style: str, code: str, base: str, tone: str | None, gender: str | N
 
     Toned people and hands: `HELD_OUT` of the cells (tone, gender, base), each in every style at once, so
     that no other style shows the combination. All else: `HELD_OUT` of the (style, object) pairs, at most
-    one style an object, so that the object is seen but never in that style.
+    one style an object, so that the object is seen but never in that style. National flags are never held
+    out: Twemoji alone draws them, so no other style would show them.
     """
     if style not in STYLES:
         raise InputError(f"style {style!r}: expected one of {', '.join(STYLES)}")
     cell = cell_of(base, tone, gender)
     if cell is not None:
         return _uniform(f"cell {cell}") < HELD_OUT
+    points = code.split("-")
+    if len(points) == 2 and REGIONAL.issuperset(points):
+        return False
     slot = int(_uniform(f"object {code}") / HELD_OUT)  # one slot a style, and the rest hold nothing out
     return slot == STYLES.index(style)
 
@@ -366,16 +376,17 @@ def _check_counts(rows: Iterable[dict[str, Any]], styles: Sequence[str]) -> None
 
 
 def attribution(paths: dict[str, Path]) -> str:
-    """ATTRIBUTION.md: each source with its author, version, licence, and its own copyright lines."""
+    """ATTRIBUTION.md: each source with its author, version, licence, and the package's own notices."""
     parts = ["# Sources of the emoji data set\n"]
     for name, path in paths.items():
         source = SOURCES[name]
-        text = _members(path, ("LICENSE",)).get("LICENSE", b"").decode()
-        notices = [line.strip() for line in text.splitlines() if line.startswith("Copyright")]
-        quoted = "".join(f"> {notice}\n>\n" for notice in notices) or "> (no licence file in the package)\n"
+        files = {name: data.decode() for name, data in _members(path, ("LICENSE", "package.json")).items()}
+        stated = json.loads(files["package.json"])["license"]
+        lines = (line.strip() for line in files.get("LICENSE", "").splitlines())
+        notices = "".join(f"> {line}  \n" for line in lines if line.startswith("Copyright"))
+        use = "Captions, unchanged" if name == "captions" else "Changed: drawn at 1024 pixels on white"
         parts.append(
-            f"## {source.title}\nBy {source.author}. Licence: {source.licence}. "
-            f"npm package {source.package}, version {source.version}.\n"
-            f"Drawn at 1024 pixels on white.\n\n{quoted}"
+            f"## {source.title}\nBy {source.author}. Licence: {source.licence}. {use}.  \n"
+            f"From the npm package {source.package} {source.version}, which states: {stated}.\n\n{notices}"
         )
     return "\n".join(parts)

@@ -1,0 +1,267 @@
+"""Model folders: safetensors and JSON, verified when read, complete or absent when written.
+
+    model_index.json            classes, text encoder by reference, sha256 of every other file
+    <component>/config.json     the component's config and `_class_name`
+    <component>/diffusion_pytorch_model.safetensors (or shards with an .index.json)
+
+The layout is the diffusers convention. Nothing here can execute code: no pickle, and classes come from a list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cascade import __version__
+from cascade.config import read_mapping
+from cascade.errors import InputError, unknown
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SHARDS = "diffusion_pytorch_model.safetensors.index.json"
+INDEX = "model_index.json"
+TEXT_ENCODER = (
+    "text_encoder"  # key of the reference, and subfolder where the encoder's files are kept with the model
+)
+CLASSES = {
+    "cascade": ("Stage",),
+    "prior": ("DiffusionPrior", "AutoregressivePrior", "CLIP", "OpenCLIP"),
+}
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # the last two are tokenizers' vocabularies
+
+
+@dataclass(frozen=True)
+class Component:
+    """What one component's folder holds."""
+
+    class_name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """model_index.json. `components` maps a subfolder to (library, class); the order is that of the file."""
+
+    components: dict[str, tuple[str, str]]
+    text_encoder: dict[str, Any] | None = None
+    sha256: dict[str, str] = field(default_factory=dict)  # relative path -> hash; empty: nothing to check
+
+
+# -- components --------------------------------------------------------------------------------------------------
+
+
+def save_component(
+    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], class_name: str
+) -> None:
+    """Write config.json and the weights to `folder`; an existing folder is replaced only when the new one is
+    complete on disk. `config` is plain data, as `cascade.config.to_dict` makes it."""
+    with new_folder(folder) as temporary:
+        write_json(temporary / CONFIG, {"_class_name": class_name, **config})
+        # safetensors stores neither channels_last nor memory that two tensors share
+        plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        save_file(plain, temporary / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_component(folder: str | Path, class_name: str | None = None, device: str = "cpu") -> Component:
+    """Read a component's folder. Raises InputError, one line, when a file is missing or damaged, or when the
+    component is not of class `class_name`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no component folder {folder}: expected {CONFIG} and {WEIGHTS} in it")
+    config = read_mapping(folder / CONFIG)
+    found = config.get("_class_name", class_name)
+    if class_name is not None and found != class_name:
+        raise InputError(f"{folder / CONFIG}: expected class {class_name}, found {found!r}")
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    return Component(str(found), settings, _read_tensors(folder, device))
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Put `tensors` into `module`: copied into its dtype, or taken as they are when it is on the meta device.
+    Raises InputError that names missing, unexpected and mis-shaped tensors; then nothing is loaded."""
+    wanted = module.state_dict()
+    problems = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - wanted.keys()),
+        "mis-shaped": [
+            f"{name} {list(tensors[name].shape)} instead of {list(wanted[name].shape)}"
+            for name in wanted
+            if name in tensors and tensors[name].shape != wanted[name].shape
+        ],
+    }
+    found = [f"{kind}: {_few(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise InputError(f"weights of {where} do not fit its config ({'; '.join(found)})")
+    module.load_state_dict(dict(tensors), strict=True, assign=any(t.is_meta for t in wanted.values()))
+
+
+def _read_tensors(folder: Path, device: str) -> dict[str, Tensor]:
+    if not (folder / SHARDS).exists():
+        return _read_file(folder / WEIGHTS, device)
+    weight_map = read_mapping(folder / SHARDS).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{folder / SHARDS}: expected a weight_map from tensor to file name")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise InputError(f"{folder / SHARDS}: expected file names without a folder, got {name!r}")
+        tensors |= _read_file(folder / name, device)
+    missing = sorted(weight_map.keys() - tensors.keys())
+    if missing:
+        raise InputError(f"shards of {folder} lack tensors listed in {SHARDS}: {_few(missing)}")
+    return tensors
+
+
+def _read_file(path: Path, device: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"missing file {path}")
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or not safetensors ({str(error).splitlines()[0]})") from None
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# -- whole models ------------------------------------------------------------------------------------------------
+
+
+def write_index(folder: Path, index: ModelIndex) -> None:
+    """Write model_index.json with the sha256 of every file of the components and the text encoder."""
+    parts = [*index.components, TEXT_ENCODER]
+    files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
+    data: dict[str, Any] = {"_class_name": "Cascade", "_cascade_version": __version__}
+    data |= {name: list(pair) for name, pair in index.components.items()}
+    data[TEXT_ENCODER] = index.text_encoder
+    data["sha256"] = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+    write_json(folder / INDEX, data)
+
+
+def read_index(folder: Path) -> ModelIndex:
+    """Read and check model_index.json. Raises InputError for a component whose class is not in `CLASSES`."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise InputError(f"{folder} is not a model folder: expected {INDEX} in it")
+    data = read_mapping(path)
+    hashes, encoder = data.pop("sha256", {}), data.pop(TEXT_ENCODER, None)
+    if not isinstance(hashes, dict) or not isinstance(encoder, dict | None):
+        raise InputError(f"{path}: expected sha256 and text_encoder to be mappings")
+    components = {}
+    for name, pair in data.items():
+        if name.startswith("_"):
+            continue
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InputError(f"{path}: component name {name!r}: expected letters, digits, - and _")
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise InputError(f"{path}: component {name}: expected [library, class], got {pair!r}")
+        library, class_name = pair
+        if library not in CLASSES:
+            raise unknown("library", library, CLASSES, where=f"{path}: {name}")
+        if class_name not in CLASSES[library]:
+            raise unknown("class", class_name, CLASSES[library], where=f"{path}: {name}")
+        components[name] = (library, class_name)
+    return ModelIndex(components, encoder, {str(k): str(v) for k, v in hashes.items()})
+
+
+def verify(folder: Path, index: ModelIndex) -> None:
+    """Check every file the index lists, and that it lists every file of its components. An index without
+    hashes passes. Raises InputError naming the first file that is missing, unlisted or different."""
+    if not index.sha256:
+        return
+    for name, expected in index.sha256.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{folder / INDEX}: {name!r} lies outside the model folder")
+        if not path.is_file():
+            raise InputError(f"missing file {path}")
+        actual = sha256(path)
+        if actual != expected:
+            raise InputError(
+                f"{path} differs from {INDEX}: expected sha256 {expected[:12]}..., got {actual[:12]}...; "
+                "the file is damaged or was changed"
+            )
+    for name in [*index.components, TEXT_ENCODER]:
+        for path in sorted((folder / name).glob("*.*")):
+            if path.suffix in (".json", ".safetensors") and f"{name}/{path.name}" not in index.sha256:
+                raise InputError(f"{path} is not listed in {INDEX}: expected a sha256 for it")
+
+
+def resolve_source(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: a folder as it is, a hub id (owner/name) after download of its JSON, safetensors
+    and vocabularies. Raises InputError, one line, when there is neither."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+        raise InputError(f"no model {str(source)!r}: expected a folder with {INDEX}, or a hub id owner/name")
+    from huggingface_hub import snapshot_download  # only a hub id needs it
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:  # offline, unknown id, no access: many classes, one meaning
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"no folder {str(source)!r}, and it cannot be had from the hub ({reason})") from None
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends without an error.
+
+    The old folder, if any, goes only after the new one is flushed to disk and in its place. After an error the
+    temporary folder is removed and the old one is untouched."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's 0700 would keep other users from reading a shared model
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+            os.replace(folder, old)  # onto an empty folder: atomic
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

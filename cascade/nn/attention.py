@@ -1,0 +1,87 @@
+"""Attention over pixels and conditioning tokens, and attention pooling of text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.nn.layers import norm2d, zero_init
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """B N (h d) -> B h N d."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class Attention2d(nn.Module):
+    """Attention of a feature map to itself, to conditioning tokens, or to both in one softmax.
+
+    With both, the tokens' keys and values are prepended to the pixels' own (Imagen D.3.1). The tokens' keys and
+    values do not depend on the noise level: `context_kv` makes them once a prompt, `forward` takes them.
+    """
+
+    def __init__(
+        self, channels: int, head_channels: int, norm: Literal["group", "rms"], *, self_attention: bool, context_dim: int
+    ) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        self.self_attention = self_attention
+        self.norm = norm2d(norm, channels)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels) if self_attention else None
+        self.norm_context = nn.LayerNorm(context_dim) if context_dim else None
+        self.kv_context = nn.Linear(context_dim, 2 * channels) if context_dim else None
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def context_kv(self, context: Tensor) -> Tensor:
+        """Keys and values of the conditioning tokens: B L D -> B L 2C."""
+        assert self.norm_context is not None and self.kv_context is not None
+        return self.kv_context(self.norm_context(context))
+
+    def forward(self, x: Tensor, context_kv: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x: B C H W; context_kv: B L 2C; mask: B L, True at tokens that may be attended to."""
+        b, c, height, width = x.shape
+        h = self.norm(x).flatten(2).transpose(1, 2)  # B HW C
+        parts = []
+        if context_kv is not None:
+            parts.append(context_kv.to(h.dtype))
+        if self.kv is not None:
+            parts.append(self.kv(h))
+        k, v = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).chunk(2, dim=-1)
+        attend = None
+        if mask is not None and context_kv is not None:
+            attend = mask[:, None, None, :]  # B 1 1 L
+            if self.kv is not None:
+                attend = F.pad(attend, (0, height * width), value=True)  # pixels come after the tokens
+        h = F.scaled_dot_product_attention(
+            split_heads(self.q(h), self.heads), split_heads(k, self.heads), split_heads(v, self.heads), attn_mask=attend
+        )
+        h = self.out(h.transpose(1, 2).flatten(2))  # B HW C
+        return x + h.transpose(1, 2).reshape(b, c, height, width)
+
+
+class AttentionPool(nn.Module):
+    """Tokens to one vector: a class token (their mean plus a learned offset) attends to itself and to them.
+
+    B L D -> B D. As DeepFloyd IF pools T5; masked tokens enter neither the mean nor the attention.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.position = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        weight = mask[..., None].to(tokens.dtype)  # B L 1
+        mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        first = mean + self.position.to(tokens.dtype)  # B 1 D
+        states = torch.cat([first, tokens], dim=1)
+        attend = F.pad(mask, (1, 0), value=True)[:, None, None, :]
+        q, k, v = (split_heads(f(s), self.heads) for f, s in ((self.q, first), (self.k, states), (self.v, states)))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend).transpose(1, 2).flatten(1)

@@ -1,0 +1,63 @@
+"""What both priors share: rows and seeds of a call, and the choice of the best candidate (unCLIP 2.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade import random
+from cascade.conditioning import TextEmbedding
+from cascade.errors import InputError
+
+MAX_STEPS = 10_000
+
+# on_step(step, total, estimate): step counts from 0; estimate is the current image embedding, (B * candidates) D
+OnStep = Callable[[int, int, Tensor], None]
+
+
+def row_seeds(count: int, seed: int, seeds: Sequence[int] | None) -> list[int]:
+    """One seed a row: `seeds`, or seed + i. Raises InputError on a wrong number or one outside 0 .. 2^63 - 1."""
+    rows = list(seeds) if seeds is not None else [seed + i for i in range(count)]
+    if len(rows) != count:
+        raise InputError(f"seeds: expected {count}, one a row of text, got {len(rows)}")
+    for value in rows:
+        if not isinstance(value, int) or not 0 <= value <= random.MAX_SEED:
+            raise InputError(f"seed {value!r}: expected an integer from 0 to {random.MAX_SEED}")
+    return rows
+
+
+def candidate_noise(dim: int, seeds: Sequence[int], candidates: int, *parts: str | int) -> Tensor:
+    """Unit Gaussian noise, (B * candidates) D, on the CPU: candidates of one row stand together. Candidate j of
+    a row is the same however many are drawn."""
+    draws = [random.normal((dim,), seeds, *parts, j) for j in range(candidates)]
+    return torch.stack(draws, dim=1).flatten(0, 1)
+
+
+def negative_rows(negative: TextEmbedding, count: int) -> TextEmbedding:
+    """The negative prompts, one a row; a single one stands for every row."""
+    if len(negative) not in (1, count):
+        raise InputError(f"negative prompt: expected 1 or {count} rows, got {len(negative)}")
+    return negative.repeat(count) if len(negative) == 1 else negative
+
+
+def pick_best(embeds: Tensor, pooled: Tensor, candidates: int) -> Tensor:
+    """(B * candidates) D to B D: of each row's candidates, brought to unit norm, the one with the largest dot
+    product with the CLIP text embedding `pooled`, B D."""
+    embeds = F.normalize(embeds.float(), dim=-1).unflatten(0, (-1, candidates))  # B N D
+    score = (embeds * pooled.float()[:, None]).sum(-1)  # B N
+    rows = torch.arange(len(embeds), device=embeds.device)
+    return embeds[rows, score.argmax(dim=1)]
+
+
+def check_number(name: str, value: float, holds: bool, expected: str) -> None:
+    """Raise InputError unless `value` is finite and `holds`."""
+    if not math.isfinite(value) or not holds:
+        raise InputError(f"prior.{name}: expected {expected}, got {value!r}")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,218 @@
+"""The diffusion prior of unCLIP (Ramesh et al. 2022, arXiv:2204.06125, section 2.2): text to image embedding.
+
+A causal transformer reads the text tokens, the CLIP text embedding, the noise level, the noised image
+embedding and a learned query, at which it predicts the clean embedding. Embeddings are standardised per
+dimension (Karlo) instead of scaled by a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.conditioning import TextEmbedding
+from cascade.config import DiffusionConfig, Prediction, SamplerName, ScheduleConfig
+from cascade.diffusion.denoiser import Denoiser
+from cascade.diffusion.guidance import cfg
+from cascade.diffusion.loss import diffusion_loss
+from cascade.diffusion.samplers import SAMPLERS
+from cascade.errors import unknown
+from cascade.nn.layers import LevelEmbedding
+from prior.base import (
+    MAX_STEPS,
+    OnStep,
+    candidate_noise,
+    check_number,
+    device_of,
+    negative_rows,
+    pick_best,
+    row_seeds,
+)
+from prior.prefix import Prefix, TextPrefix, causal_mask
+from prior.statistics import Standardizer
+from prior.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Network, diffusion process and default sampling settings. The paper: width 2048, 24 layers, 32 heads."""
+
+    width: int = 256
+    layers: int = 6
+    heads: int = 8
+    text_dim: int = 384  # width of the text encoder's tokens
+    text_sequence: int = 0  # which encoder's tokens, where several stand side by side
+    text_length: int = 64  # most tokens of a prompt
+    embed_dim: int = 256  # of the CLIP
+    dropout: float = 0.0
+    prediction: Prediction = "x0"  # better than eps (unCLIP 2.2)
+    schedule: ScheduleConfig = ScheduleConfig()
+    sampler: SamplerName = "dpmpp_2m"
+    steps: int = 25
+    eta: float = 1.0  # stochasticity of ddim and dpmpp_2m_sde
+    guidance: float = 1.0  # 1 is off: unCLIP guides the decoder only (5.5)
+    best_of: int = 2  # candidates a picture, of which the one nearest to the text is kept
+    clamp: float = 10.0  # of predictions, in standard deviations (Karlo)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.prediction == "edm":
+            raise ValueError("prediction 'edm' is for pictures: expected x0, v or eps")
+
+    @property
+    def diffusion(self) -> DiffusionConfig:
+        return DiffusionConfig(prediction=self.prediction, schedule=self.schedule, weighting="none")
+
+
+class PriorNet(nn.Module):
+    """The transformer. `prepare` runs the text once; each call then costs three positions."""
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        width = config.width
+        self.prefix = TextPrefix(
+            width, config.text_dim, config.text_sequence, config.text_length, config.embed_dim
+        )
+        self.time = LevelEmbedding(width, width, "silu")
+        self.input = nn.Linear(config.embed_dim, width)
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(3, width) * 0.02)  # of time, embedding and query
+        self.transformer = Transformer(width, config.layers, config.heads, config.dropout)
+        self.output = nn.Linear(width, config.embed_dim)
+        nn.init.zeros_(self.output.weight)  # the first prediction is the mean
+        nn.init.zeros_(self.output.bias)
+
+    def prepare(self, text: TextEmbedding, keep: Tensor | None = None) -> Prefix:
+        """K and V of the text, B rows. keep: B bool, False where the learned null stands for the text."""
+        x, visible = self.prefix(text, keep)
+        _, past = self.transformer(x, causal_mask(visible, x.shape[1]))
+        return Prefix(past, visible)
+
+    def forward(self, x: Tensor, time: Tensor, prefix: Prefix) -> Tensor:
+        """x: B D, noised and standardised. time: B in [0, 1000]. Returns the prediction, B D."""
+        query = self.query.to(x.dtype).expand(len(x), -1)
+        tokens = torch.stack([self.time(time), self.input(x), query], dim=1) + self.positions  # B 3 width
+        visible = F.pad(prefix.mask, (0, 3), value=True)  # B P+3
+        states, _ = self.transformer(tokens, causal_mask(visible, 3), prefix.past)
+        return self.output(states[:, -1])
+
+
+class DiffusionPrior(nn.Module):
+    """Text to CLIP image embeddings. Fit the statistics before training; they are stored with the weights."""
+
+    config_class: ClassVar[type] = PriorConfig
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.config = config
+        self.statistics = Standardizer(config.embed_dim)
+        self.denoiser = Denoiser(PriorNet(config), config.diffusion)
+        self.schedule = self.denoiser.schedule
+
+    @property
+    def net(self) -> PriorNet:
+        return self.denoiser.net  # type: ignore[return-value]
+
+    def fit_statistics(self, embeds: Tensor) -> None:
+        """embeds: N D, CLIP image embeddings of the training pictures."""
+        self.statistics.fit(embeds)
+
+    def loss(
+        self,
+        image_embed: Tensor,
+        text: TextEmbedding,
+        keep: Tensor | None,
+        t: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        """Loss of each sample, B, float32: squared error of the standardised embedding.
+
+        image_embed: B D as CLIP emits it. keep: B bool, False where the text is dropped (about one in ten), or
+        None. t: B in [0, 1], 0 is data. noise: B D, unit Gaussian."""
+        logsnr = self.schedule.logsnr(t.double()).to(noise.device)
+        prefix = self.net.prepare(text, keep)
+        return diffusion_loss(self.denoiser, self.statistics(image_embed), prefix, logsnr, noise)
+
+    def forward(
+        self, image_embed: Tensor, text: TextEmbedding, keep: Tensor | None, t: Tensor, noise: Tensor
+    ) -> Tensor:
+        """`loss`, so that wrappers for compilation and parallel training apply."""
+        return self.loss(image_embed, text, keep, t, noise)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: TextEmbedding,
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        num_candidates: int | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        negative: TextEmbedding | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw one image embedding a row of `text`: B D, float32, unit norm, as CLIP emits them.
+
+        seed, seeds: row i is a function of its text and of seeds[i], or of seed + i.
+        num_candidates, guidance, steps, sampler: in place of the config's best_of, guidance, steps, sampler.
+        negative: encoded negative prompts (one row, or one a row) in place of the null text of guidance.
+        on_step: called after each step with (step from 0, total, current embeddings).
+        Raises InputError on an impossible setting or a text of another width."""
+        config, device = self.config, device_of(self)
+        number = config.best_of if num_candidates is None else num_candidates
+        scale = config.guidance if guidance is None else guidance
+        steps = config.steps if steps is None else steps
+        name = config.sampler if sampler is None else sampler
+        if name not in SAMPLERS:
+            raise unknown("sampler", name, SAMPLERS, where="prior")
+        check_number("num_candidates", number, number >= 1, "an integer of at least 1")
+        check_number("steps", steps, 1 <= steps <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}")
+        check_number("guidance", scale, True, "a finite number")
+        rows = row_seeds(len(text), seed, seeds)
+
+        was_training = self.training
+        self.eval()  # no dropout
+        try:
+            text = text.to(device)
+            denoise = self._guided(text, negative, scale, number)
+
+            def step_noise(step: int) -> Tensor:
+                return candidate_noise(config.embed_dim, rows, number, "prior", "step", step).to(device)
+
+            def report(step: int, total: int, x0: Tensor) -> None:
+                if on_step is not None:
+                    on_step(step, total, F.normalize(self.statistics.inverse(x0), dim=-1))
+
+            x = candidate_noise(config.embed_dim, rows, number, "prior", "init").to(device)
+            grid = self.schedule.grid(steps)
+            x0 = SAMPLERS[name](denoise, x, grid, noise=step_noise, on_step=report, eta=config.eta)
+        finally:
+            self.train(was_training)
+        assert text.pooled is not None  # `prepare` has refused it
+        return pick_best(self.statistics.inverse(x0), text.pooled, number)
+
+    def _guided(self, text: TextEmbedding, negative: TextEmbedding | None, scale: float, number: int):
+        """The denoiser as a function of (x, logsnr): guided in one batched forward, then clamped."""
+        clamp = self.config.clamp
+        prefix = self.net.prepare(text).repeat(number)
+        if scale == 1:
+            return lambda x, logsnr: self.denoiser(x, logsnr, prefix).clamp(-clamp, clamp)
+        if negative is None:
+            null = self.net.prepare(text, torch.zeros(len(text), dtype=torch.bool, device=device_of(self)))
+        else:
+            null = self.net.prepare(negative_rows(negative, len(text)).to(device_of(self)))
+        pair = Prefix.cat([prefix, null.repeat(number)])
+
+        def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
+            cond, uncond = self.denoiser(x.repeat(2, 1), logsnr.repeat(2), pair).chunk(2)
+            return cfg(cond, uncond, scale).clamp(-clamp, clamp)
+
+        return denoise
