@@ -41,7 +41,9 @@ def condition_lowres(
     return upsample(noise_lowres(lowres, level, noise, cfg.schedule), size, cfg.upsample)
 
 
-def upsample(lowres: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic") -> Tensor:
+def upsample(
+    lowres: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
+) -> Tensor:
     """B 3 h w to B 3 H W, corners not aligned. Bicubic is Pillow's (a = -0.5: Catmull-Rom, less ringing
     than torch's default -0.75). The result may leave [-1, 1] by a few percent at edges, on purpose:
     clamping would make it disagree with the low-resolution picture."""
@@ -66,9 +68,7 @@ def level_alpha_sigma(level: Tensor, schedule: LevelSchedule = "cosine") -> tupl
     raise unknown("schedule of the augmentation level", schedule, ["cosine", "linear"])
 
 
-def noise_lowres(
-    picture: Tensor, level: Tensor, noise: Tensor, schedule: LevelSchedule = "cosine"
-) -> Tensor:
+def noise_lowres(picture: Tensor, level: Tensor, noise: Tensor, schedule: LevelSchedule = "cosine") -> Tensor:
     """alpha(level) picture + sigma(level) noise, row by row; level is B, noise is like picture."""
     alpha, sigma = (x.to(picture.dtype)[:, None, None, None] for x in level_alpha_sigma(level, schedule))
     return alpha * picture + sigma * noise.to(picture.dtype)
@@ -127,7 +127,13 @@ def degrade(picture: Tensor, generator: Generator) -> Tensor:
     sd 2/255 to 25/255) and JPEG run in random order, then JPEG once more. The paper degrades the large
     picture and shrinks it fourfold; here the picture is small already, so widths in px are a quarter.
     """
-    steps: list[Callable[[Tensor, Generator], Tensor]] = [_blur_round, _blur_oval, _resize, _add_noise, _compress]
+    steps: list[Callable[[Tensor, Generator], Tensor]] = [
+        _blur_round,
+        _blur_oval,
+        _resize,
+        _add_noise,
+        _compress,
+    ]
     device, out = picture.device, picture.cpu().float()
     for index in torch.randperm(len(steps), generator=generator).tolist():
         out = steps[index](out, generator)
@@ -180,6 +186,10 @@ def _filter(x: Tensor, kernels: Tensor) -> Tensor:
     """Each row of x (B 3 H W) with its own kernel (B K K, K odd), edges repeated."""
     batch, channels, height, width = x.shape
     radius = kernels.shape[-1] // 2
-    padded = F.pad(x.float(), [radius] * 4, mode="replicate").reshape(1, batch * channels, height + 2 * radius, -1)
+    padded = F.pad(x.float(), [radius] * 4, mode="replicate").reshape(
+        1, batch * channels, height + 2 * radius, -1
+    )
     weights = kernels.float().repeat_interleave(channels, dim=0)[:, None]  # BC 1 K K
-    return F.conv2d(padded, weights, groups=batch * channels).reshape(batch, channels, height, width).to(x.dtype)
+    return (
+        F.conv2d(padded, weights, groups=batch * channels).reshape(batch, channels, height, width).to(x.dtype)
+    )

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -229,9 +228,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
     The old folder, if any, goes only after the new one is flushed to disk and in its place. After an error the
     temporary folder is removed and the old one is untouched."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    folder = Path(folder).resolve()  # a link stays a link: what it points to is replaced
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder.parent}: {error.strerror}") from None
     try:
         temporary.chmod(0o755)  # mkdtemp's 0700 would keep other users from reading a shared model
         yield temporary

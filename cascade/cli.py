@@ -110,12 +110,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _sample(arguments: argparse.Namespace) -> int:
     import torch
 
-    from cascade.pipeline import Cascade
+    from cascade.pipeline import PRIOR, Cascade
 
     settings = _settings(arguments.set)
     size = _size(arguments.size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = Cascade.from_pretrained(arguments.model, device=device)
+    for name in settings:
+        if name not in (PRIOR, *pipe.stages):
+            raise unknown("stage", name, (PRIOR, *pipe.stages), where="--set")
     call: dict[str, Any] = dict(
         seed=arguments.seed,
         num_images=arguments.num,

@@ -6,9 +6,9 @@ alias is here too, so that training data and low-resolution conditioning pass th
 
 from __future__ import annotations
 
+import contextlib
 import io
-import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,19 +63,19 @@ def save_png(image: Image.Image, path: Path | str, metadata: Mapping[str, object
     chunks = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         _add_text(chunks, name, str(value))
-    temporary = None
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             image.save(file, "PNG", pnginfo=chunks)
-        temporary.chmod(0o666 & ~_umask())  # a temporary file is private; the picture should not be
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    except BaseException:  # interrupted
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 
@@ -86,8 +86,9 @@ def read_png_metadata(path: Path | str) -> dict[str, str]:
             if not isinstance(image, PngImagePlugin.PngImageFile):
                 raise InputError(f"{path}: expected a PNG file, got {image.format}")
             return {str(name): str(value) for name, value in image.text.items()}
-    except OSError as error:
-        raise InputError(f"cannot read {path} as a picture: {error.strerror or 'not a picture'}") from None
+    except (OSError, SyntaxError) as error:  # Pillow's errors of a broken file
+        reason = getattr(error, "strerror", None) or "not a whole picture"
+        raise InputError(f"cannot read {path}: {reason}") from None
 
 
 def downsample(x: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -118,9 +119,3 @@ def _add_text(chunks: PngImagePlugin.PngInfo, name: str, value: str) -> None:
         chunks.add_text(name, value)
     except UnicodeEncodeError:
         chunks.add_itxt(name, value)  # tEXt holds Latin-1 only
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,6 +6,7 @@ Everything that can be refused is refused before the first network runs. Picture
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import queue
 import shutil
@@ -34,18 +35,19 @@ EMBEDDED = Path(__file__).parent / "models" / "emoji"
 
 
 class Prior(Protocol):
-    """Text to CLIP image embeddings (see the `prior` package)."""
+    """Text to CLIP image embeddings (see the `prior` package). Further keyword arguments of `sample` are the
+    settings that a call may give as prior=dict(...)."""
 
     def sample(
         self,
         text: TextEmbedding,
         *,
-        seeds: Sequence[int],
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
         negative: TextEmbedding | None = None,
         on_step: Callable[[int, int, Tensor], None] | None = None,
-        **settings: Any,
     ) -> Tensor:
-        """B rows of text to B D; row i is a function of its text and seeds[i]."""
+        """B rows of text to B D; row i is a function of its text and of seeds[i], or of seed + i."""
         ...
 
 
@@ -136,11 +138,16 @@ class Cascade:
             checkpoint.verify(folder, index)
         if index.text_encoder is None:
             raise InputError(f"{folder / checkpoint.INDEX}: missing key 'text_encoder'")
-        parts = {
+        parts: dict[str, Any] = {
             name: _build(folder / name, library, class_name)
             for name, (library, class_name) in index.components.items()
         }
         stages = [part for part in parts.values() if isinstance(part, Stage)]
+        for name, part in parts.items():
+            if isinstance(part, Stage) and part.config.name != name:
+                raise InputError(
+                    f"{folder / name}: expected a stage of that name, found {part.config.name!r}"
+                )
         encoder = load_text_encoder(index.text_encoder, folder, device)
         name = folder.name if source is None else str(source)
         pipe = cls(stages, encoder, parts.get("prior"), parts.get("clip"), name)
@@ -150,11 +157,9 @@ class Cascade:
         """Write a model folder, parameters in `dtype` (default: as they are; statistics keep theirs).
 
         A model folder in its place is replaced when the new one is complete; files in it that belong to no
-        component (a model card) are kept. Any other non-empty folder is refused."""
+        component (a model card, a text encoder) are kept. Any other non-empty folder is refused."""
         folder = Path(folder)
-        extras: list[Path] = []
-        if folder.exists():
-            extras = _extras(folder)
+        extras = _extras(folder) if folder.exists() else []
         components: dict[str, tuple[str, str]] = {}
         with checkpoint.new_folder(folder) as new:
             parts = {"clip": self.clip, PRIOR: self.prior, **self.stages}
@@ -166,10 +171,12 @@ class Cascade:
                     new / name, to_dict(part.config), _weights(module, dtype), class_name
                 )
                 components[name] = ("cascade" if isinstance(part, Stage) else "prior", class_name)
-            checkpoint.write_index(new, checkpoint.ModelIndex(components, self.text_encoder.reference()))
             for path in extras:
-                copy = shutil.copytree if path.is_dir() else shutil.copy2
-                copy(path, new / path.name)
+                if path.name not in components:
+                    copy = shutil.copytree if path.is_dir() else shutil.copy2
+                    copy(path, new / path.name)
+            reference = _relative(self.text_encoder.reference(), folder)
+            checkpoint.write_index(new, checkpoint.ModelIndex(components, reference))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cascade:
         """Move everything to `device`; `dtype` changes the number format of the stages' networks. The prior
@@ -248,7 +255,8 @@ class Cascade:
         return make_request(self.stages, self.prior, prompts, **arguments)
 
     def stream(self, prompts: str | Sequence[str], **arguments: Any) -> Iterator[Event]:
-        """The same as a call, as an iterator of events while it runs; the last event holds the `Output`.
+        """The same as a call (arguments but `on_event`), as an iterator of events while it runs; the last event
+        holds the `Output`.
         Closing the iterator stops the work at its next step."""
         inbox: queue.Queue[Event | BaseException] = queue.Queue(maxsize=1)  # previews are big: never pile up
         stopped = threading.Event()
@@ -263,13 +271,13 @@ class Cascade:
 
         def work() -> None:
             try:
-                output = self(prompts, **{**arguments, "on_event": send})
+                output = self(prompts, on_event=send, **arguments)
                 last = next(reversed(output.stages), PRIOR)
                 send(Event(last, 1, 1, range(len(output.images)), output=output))
             except _Stopped:
                 pass
             except BaseException as error:  # noqa: BLE001 - handed to the reader, who raises it
-                if not stopped.is_set():
+                with contextlib.suppress(_Stopped):
                     send(error)
 
         worker = threading.Thread(target=work, name="cascade-stream", daemon=True)
@@ -314,7 +322,8 @@ class Cascade:
                 on_step=on_step,
                 **run.settings,
             )
-        return Output(to_pil(done[name]) if done else [], done, embed)
+        last = next(reversed(done.values()), None)
+        return Output([] if last is None else to_pil(last), done, embed)
 
     def _sample_prior(
         self,
@@ -354,8 +363,19 @@ def _extras(folder: Path) -> list[Path]:
         return []
     if folder / checkpoint.INDEX not in entries:
         raise InputError(f"{folder} is no model folder and not empty: expected a new or empty folder")
-    own = {checkpoint.INDEX, checkpoint.TEXT_ENCODER, *checkpoint.read_index(folder).components}
+    own = {checkpoint.INDEX, *checkpoint.read_index(folder).components}
     return [path for path in entries if path.name not in own]
+
+
+def _relative(reference: Any, folder: Path) -> Any:
+    """A text encoder's reference in which a path into the model folder is relative to it."""
+    if isinstance(reference, dict):
+        return {key: _relative(value, folder) for key, value in reference.items()}
+    if isinstance(reference, list):
+        return [_relative(value, folder) for value in reference]
+    if isinstance(reference, str) and Path(reference).is_relative_to(folder.resolve()):
+        return Path(reference).relative_to(folder.resolve()).as_posix()
+    return reference
 
 
 def _weights(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:

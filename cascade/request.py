@@ -50,6 +50,7 @@ def make_request(
     stages: Mapping[str, Stage],
     prior: Any,
     prompts: str | Sequence[str],
+    /,  # `prior` is also the name of a stage's settings
     *,
     seed: int | Sequence[int] = 0,
     num_images: int = 1,
@@ -116,7 +117,7 @@ def _negatives(negative: str | Sequence[str], count: int) -> list[str]:
 
 def _seeds(seed: int | Sequence[int], prompts: int, num_images: int) -> list[int]:
     """One a picture: seed + k for picture k of any prompt, or as given."""
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if isinstance(seed, Sequence):
         return seed_list(seed, prompts * num_images)
     return seed_list(seed, num_images) * prompts
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Stage(nn.Module):
 
     @property
     def unet(self) -> UNet:
-        return self.denoiser.net
+        return cast(UNet, self.denoiser.net)
 
     @property
     def device(self) -> torch.device:
@@ -221,6 +221,8 @@ class Stage(nn.Module):
     ) -> int:
         """Number of pictures; everything given must agree on it."""
         name, takes = self.config.name, self.config.lowres_px is not None
+        if text is not None and not isinstance(text, TextEmbedding):
+            raise InputError(f"stage {name}: expected encoded prompts, from Cascade.encode, got {text!r:.60}")
         if takes and lowres is None:
             raise InputError(
                 f"stage {name} needs lowres=, a picture of about {self.config.lowres_px} px in [-1, 1]"
@@ -236,7 +238,7 @@ class Stage(nn.Module):
             "text": None if text is None else len(text),
             "image_embed": None if image_embed is None else len(image_embed),
             "lowres": None if lowres is None else len(lowres),
-            "seed": None if isinstance(seed, int) else len(seed),
+            "seed": len(seed) if isinstance(seed, Sequence) else None,
         }
         given = {key: value for key, value in counts.items() if value is not None}
         if len(set(given.values())) > 1:
@@ -299,6 +301,8 @@ def resolve_settings(config: StageConfig, settings: dict[str, Any]) -> SamplingC
 
 def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed a picture: seed + i, or the given ones. Raises InputError outside 0 .. 2**63 - 1."""
+    if isinstance(seed, bool | str) or not isinstance(seed, int | Sequence):
+        raise InputError(f"seed {seed!r}: expected an integer, or one a picture")
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
         raise InputError(f"seed: expected one integer or {count}, one a picture, got {len(seeds)}")

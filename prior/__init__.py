@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_EXPORTS = {
+if TYPE_CHECKING:
+    from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+    from prior.clip import CLIP, ClipConfig
+    from prior.diffusion import DiffusionPrior, PriorConfig
+    from prior.pretrained_clip import OpenCLIP, OpenClipConfig
+
+__all__ = [
+    "CLIP",
+    "AutoregressiveConfig",
+    "AutoregressivePrior",
+    "ClipConfig",
+    "DiffusionPrior",
+    "OpenCLIP",
+    "OpenClipConfig",
+    "PriorConfig",
+]
+
+_MODULES = {
     "CLIP": "prior.clip",
     "ClipConfig": "prior.clip",
     "OpenCLIP": "prior.pretrained_clip",
@@ -16,10 +33,8 @@ _EXPORTS = {
     "AutoregressiveConfig": "prior.autoregressive",
 }
 
-__all__ = list(_EXPORTS)
-
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'prior' has no attribute {name!r}")

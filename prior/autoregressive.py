@@ -77,7 +77,7 @@ class CodeNet(nn.Module):
     def forward(
         self, text: TextEmbedding, keep: Tensor | None, dot: Tensor, codes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """dot: B, codes: B K, the true ones. Returns logits of the dot product, B V, and of the codes, B K V."""
+        """dot: B, codes: B K, the true ones. Returns logits of the product, B V, and the codes, B K V."""
         x, visible = self.prefix(text, keep)
         first = self.embed_dot(dot, keep)[:, None]  # B 1 width
         rest = self.code(codes[:, :-1]) + self.positions[1:]  # B K-1 width
@@ -132,12 +132,12 @@ class AutoregressivePrior(nn.Module):
     ) -> Tensor:
         """Loss of each sample, B, float32: nats a token, over the dot product and the codes.
 
-        image_embed: B D as CLIP emits it. keep: B bool, False where the text is dropped (about one in ten), or
-        None. t and noise are those of the diffusion prior, so that both train alike, and unused."""
+        image_embed: B D as CLIP emits it. keep: B bool, False where the text is dropped (about one in ten),
+        or None. t and noise are those of the diffusion prior, so that both train alike, and unused."""
         del t, noise
-        assert text.pooled is not None or self.net.prefix(text)  # the prefix names what is missing
+        pooled = self.net.prefix.check(text)[2]  # B D
         codes = self.quantizer.encode(image_embed)  # B K
-        dot = self.dot_bucket(image_embed, text.pooled)
+        dot = self.dot_bucket(image_embed, pooled)
         dot_logits, code_logits = self.net(text, keep, dot, codes)
         loss = F.cross_entropy(code_logits.float().flatten(0, 1), codes.flatten(), reduction="none")
         dot_loss = F.cross_entropy(dot_logits.float(), dot, reduction="none")  # B
@@ -198,6 +198,7 @@ class AutoregressivePrior(nn.Module):
         self.eval()  # no dropout
         try:
             text = text.to(device)
+            pooled = self.net.prefix.check(text)[2]
             draws = [random.uniform(rows, "prior", "codes", j, count=config.codes + 1) for j in range(number)]
             u = torch.stack(draws, dim=1).flatten(0, 1).to(device)  # B*N K+1
             prefix, dot_logits = self.net.prepare(text)
@@ -224,8 +225,7 @@ class AutoregressivePrior(nn.Module):
                     x = x if scale == 1 else x.repeat(2, 1)
         finally:
             self.train(was_training)
-        assert text.pooled is not None  # `prepare` has refused it
-        return pick_best(self.quantizer.decode(torch.stack(codes, dim=1)), text.pooled, number)
+        return pick_best(self.quantizer.decode(torch.stack(codes, dim=1)), pooled, number)
 
     def _unconditional(
         self, text: TextEmbedding, negative: TextEmbedding | None, number: int, x: Tensor

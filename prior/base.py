@@ -15,12 +15,13 @@ from cascade.errors import InputError
 
 MAX_STEPS = 10_000
 
-# on_step(step, total, estimate): step counts from 0; estimate is the current image embedding, (B * candidates) D
+# on_step(step, total, estimate): step counts from 0; estimate is the current embedding, (B * candidates) D
 OnStep = Callable[[int, int, Tensor], None]
 
 
 def row_seeds(count: int, seed: int, seeds: Sequence[int] | None) -> list[int]:
-    """One seed a row: `seeds`, or seed + i. Raises InputError on a wrong number or one outside 0 .. 2^63 - 1."""
+    """One seed a row: `seeds`, or seed + i. Raises InputError on a wrong number of seeds, or one that is not
+    an integer from 0 to 2^63 - 1."""
     rows = list(seeds) if seeds is not None else [seed + i for i in range(count)]
     if len(rows) != count:
         raise InputError(f"seeds: expected {count}, one a row of text, got {len(rows)}")
@@ -31,8 +32,8 @@ def row_seeds(count: int, seed: int, seeds: Sequence[int] | None) -> list[int]:
 
 
 def candidate_noise(dim: int, seeds: Sequence[int], candidates: int, *parts: str | int) -> Tensor:
-    """Unit Gaussian noise, (B * candidates) D, on the CPU: candidates of one row stand together. Candidate j of
-    a row is the same however many are drawn."""
+    """Unit Gaussian noise, (B * candidates) D, on the CPU: candidates of one row stand together. Candidate j
+    of a row is the same however many are drawn."""
     draws = [random.normal((dim,), seeds, *parts, j) for j in range(candidates)]
     return torch.stack(draws, dim=1).flatten(0, 1)
 

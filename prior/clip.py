@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,10 @@ class TextHead(nn.Module):
 
 
 def select_tokens(text: TextEmbedding, sequence: int, width: int, who: str) -> Tokens:
-    """Token sequence number `sequence` of `text`. Raises InputError where it is absent or of another width."""
-    if sequence >= len(text.sequences):
-        raise InputError(f"{who}: expected at least {sequence + 1} token sequences, got {len(text.sequences)}")
+    """Token sequence `sequence` of `text`. Raises InputError where it is absent or of another width."""
+    count = len(text.sequences)
+    if sequence >= count:
+        raise InputError(f"{who}: expected at least {sequence + 1} token sequences, got {count}")
     tokens = text.sequences[sequence]
     if tokens.states.shape[-1] != width:
         raise InputError(f"{who}: expected text tokens of width {width}, got {tokens.states.shape[-1]}")
@@ -85,6 +87,8 @@ class CLIP(nn.Module):
     The vision tower's parameters exist from the start, under open_clip's own names, so that a state dict is
     always whole; open_clip's module is put around them by the first `encode_image` or by `build_vision`."""
 
+    config_class: ClassVar[type] = ClipConfig
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
@@ -94,12 +98,13 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def build_vision(self) -> None:
-        """Import open_clip and put its VisionTransformer around the parameters, which stay the same objects
-        (an optimizer that holds them goes on working). Call it before torch.compile; else it happens by itself."""
+        """Import open_clip and put its VisionTransformer around the parameters, which stay the same objects:
+        an optimizer that holds them goes on working. It happens by itself at the first picture; call it
+        before torch.compile."""
         if not self._vision_built:
             self._build_vision()
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _build_vision(self) -> None:
         from open_clip.transformer import VisionTransformer
 
@@ -124,7 +129,8 @@ class CLIP(nn.Module):
         return F.normalize(self.text(text).float(), dim=-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images: B 3 H W in [-1, 1], any size (resized with an antialiasing filter). Unit vectors, B D, float32."""
+        """images: B 3 H W in [-1, 1], any size (resized with an antialiasing filter).
+        Returns unit vectors, B D, float32."""
         self.build_vision()
         images = resize(images, self.config.image_px).to(self.logit_scale.dtype)
         return F.normalize(self.vision(images).float(), dim=-1)
@@ -140,7 +146,7 @@ class CLIP(nn.Module):
         return self.loss(images, text, group)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float, group: Tensor | None = None) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, group: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE over unit vectors B D, a scalar. The target of a row is uniform over its positives
     (arXiv:2004.11362 eq. 2, L_out); without equal groups it is the identity, and the loss is CLIP's."""
     with torch.autocast(image.device.type, enabled=False):  # 8 bits of mantissa blur logits near the maximum

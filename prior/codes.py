@@ -1,4 +1,4 @@
-"""Image embeddings as short sequences of integers: principal components, each in equal buckets (unCLIP 2.2)."""
+"""Image embeddings as short sequences of integers: quantised principal components (unCLIP 2.2)."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def principal_components(embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def components_for(embeds: Tensor, share: float = 0.99) -> int:
-    """How many principal components keep `share` of the variance of N D embeddings (the paper: 319 of 1024 for
-    99%). Raises InputError on a share outside (0, 1]."""
+    """How many principal components keep `share` of the variance of N D embeddings (the paper: 319 of 1024
+    for 99%). Raises InputError on a share outside (0, 1]."""
     if not 0 < share <= 1:
         raise InputError(f"share of variance {share!r}: expected more than 0, at most 1")
     check_embeds(embeds, embeds.shape[-1], least=2)

@@ -40,7 +40,7 @@ from prior.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """Network, diffusion process and default sampling settings. The paper: width 2048, 24 layers, 32 heads."""
+    """Network, diffusion process, default sampling settings. The paper: width 2048, 24 layers, 32 heads."""
 
     width: int = 256
     layers: int = 6
@@ -133,8 +133,8 @@ class DiffusionPrior(nn.Module):
     ) -> Tensor:
         """Loss of each sample, B, float32: squared error of the standardised embedding.
 
-        image_embed: B D as CLIP emits it. keep: B bool, False where the text is dropped (about one in ten), or
-        None. t: B in [0, 1], 0 is data. noise: B D, unit Gaussian."""
+        image_embed: B D as CLIP emits it. keep: B bool, False where the text is dropped (about one in ten),
+        or None. t: B in [0, 1], 0 is data. noise: B D, unit Gaussian."""
         logsnr = self.schedule.logsnr(t.double()).to(noise.device)
         prefix = self.net.prepare(text, keep)
         return diffusion_loss(self.denoiser, self.statistics(image_embed), prefix, logsnr, noise)
@@ -155,7 +155,7 @@ class DiffusionPrior(nn.Module):
         num_candidates: int | None = None,
         guidance: float | None = None,
         steps: int | None = None,
-        sampler: str | None = None,
+        sampler: SamplerName | None = None,
         negative: TextEmbedding | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
@@ -182,6 +182,7 @@ class DiffusionPrior(nn.Module):
         self.eval()  # no dropout
         try:
             text = text.to(device)
+            pooled = self.net.prefix.check(text)[2]
             denoise = self._guided(text, negative, scale, number)
 
             def step_noise(step: int) -> Tensor:
@@ -196,8 +197,7 @@ class DiffusionPrior(nn.Module):
             x0 = SAMPLERS[name](denoise, x, grid, noise=step_noise, on_step=report, eta=config.eta)
         finally:
             self.train(was_training)
-        assert text.pooled is not None  # `prepare` has refused it
-        return pick_best(self.statistics.inverse(x0), text.pooled, number)
+        return pick_best(self.statistics.inverse(x0), pooled, number)
 
     def _guided(self, text: TextEmbedding, negative: TextEmbedding | None, scale: float, number: int):
         """The denoiser as a function of (x, logsnr): guided in one batched forward, then clamped."""

@@ -54,9 +54,10 @@ class TextPrefix(nn.Module):
         self.null_pooled = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, text: TextEmbedding, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """keep: B bool, False where the text is dropped. Returns the positions, B L+1 width, and their padding
-        mask, B L+1. Raises InputError where the text does not fit this prior."""
-        states, mask, pooled = self._check(text)
+        """keep: B bool, False where the text is dropped. Returns the positions, B L+1 width, and their
+        padding mask, B L+1. Raises InputError where the text does not fit this prior. Padding may be cut off
+        beforehand: positions are counted from the first token."""
+        states, mask, pooled = self.check(text)
         x = self.tokens(self.norm(states)) + self.positions[: states.shape[1]]  # B L width
         null = self.null_token + self.positions[0]
         clip = self.pooled(pooled * pooled.shape[-1] ** 0.5)  # entries of about unit size
@@ -69,15 +70,17 @@ class TextPrefix(nn.Module):
         x = torch.cat([x, (clip + self.positions[-1])[:, None]], dim=1)
         return x, F.pad(mask, (0, 1), value=True)
 
-    def _check(self, text: TextEmbedding) -> tuple[Tensor, Tensor, Tensor]:
+    def check(self, text: TextEmbedding) -> tuple[Tensor, Tensor, Tensor]:
+        """Token states (B L text_dim) and mask, and the CLIP text embedding (B D), or InputError."""
         tokens = select_tokens(text, self.sequence, self.tokens.in_features, "prior")
-        if tokens.states.shape[1] > self.length:
-            raise InputError(f"prior: expected at most {self.length} text tokens, got {tokens.states.shape[1]}")
+        length, width = tokens.states.shape[1], self.pooled.in_features
+        if length > self.length:
+            raise InputError(f"prior: expected at most {self.length} text tokens, got {length}")
         if text.pooled is None:
-            raise InputError("prior: the text has no CLIP embedding: encode it with the pipeline, or fill `pooled`")
-        if text.pooled.shape[-1] != self.pooled.in_features:
+            raise InputError("prior: the text has no CLIP embedding (`pooled`): encode it with the pipeline")
+        if text.pooled.shape[-1] != width:
             raise InputError(
-                f"prior: expected CLIP text embeddings of width {self.pooled.in_features}, got {text.pooled.shape[-1]}"
+                f"prior: expected CLIP text embeddings of width {width}, got {text.pooled.shape[-1]}"
             )
         dtype = self.tokens.weight.dtype
         return tokens.states.to(dtype), tokens.mask, text.pooled.to(dtype)

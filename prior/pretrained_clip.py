@@ -25,9 +25,9 @@ class OpenClipConfig:
 
 
 class OpenCLIP(nn.Module):
-    """A frozen open_clip model. Its text tower is the pipeline's text encoder (kind open_clip, alone or in a
-    pair), whose projected embedding arrives as `text.pooled`. Its vision tower is loaded at the first picture,
-    stays outside the state dict, and is never saved."""
+    """A frozen open_clip model. Its text tower is the pipeline's text encoder (kind open_clip, alone or in
+    a pair), whose projected embedding arrives as `text.pooled`. Its vision tower is loaded at the first
+    picture, stays outside the state dict, and is never saved."""
 
     config_class: ClassVar[type] = OpenClipConfig
 
@@ -38,33 +38,34 @@ class OpenCLIP(nn.Module):
         self._loaded: list[nn.Module] = []  # in a list, so that it is no submodule
 
     def encode_text(self, text: TextEmbedding) -> Tensor:
-        """Unit vectors, B D, float32. Raises InputError where the text encoder gave no embedding of this width."""
-        if text.pooled is None or text.pooled.shape[-1] != self.config.embed_dim:
+        """Unit vectors, B D, float32. Raises InputError where the text encoder gave none of this width."""
+        name, width = self.config.model, self.config.embed_dim
+        if text.pooled is None or text.pooled.shape[-1] != width:
             got = "none" if text.pooled is None else f"width {text.pooled.shape[-1]}"
             raise InputError(
-                f"clip {self.config.model}: expected text embeddings of width {self.config.embed_dim} from an "
-                f"open_clip text encoder, got {got}"
+                f"clip {name}: expected embeddings of width {width} from an open_clip text encoder, got {got}"
             )
         return F.normalize(text.pooled.float(), dim=-1)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """images: B 3 H W in [-1, 1], any size (resized with an antialiasing filter). Unit vectors, B D, float32."""
+        """images: B 3 H W in [-1, 1], any size (resized with an antialiasing filter).
+        Returns unit vectors, B D, float32."""
         tower = self._vision().to(images.device)
         settings: Any = tower.preprocess_cfg
         px = settings["size"][0] if isinstance(settings["size"], (tuple, list)) else settings["size"]
         mean, std = (images.new_tensor(settings[key])[:, None, None] for key in ("mean", "std"))  # 3 1 1
         pixels = (resize(images, px) + 1) / 2
         features = tower((pixels - mean) / std)
-        if features.shape[-1] != self.config.embed_dim:
-            raise InputError(
-                f"clip {self.config.model}: expected embed_dim {self.config.embed_dim}, got {features.shape[-1]}"
-            )
+        name, width = self.config.model, self.config.embed_dim
+        if features.shape[-1] != width:
+            raise InputError(f"clip {name}: expected embed_dim {width}, got {features.shape[-1]}")
         return F.normalize(features.float(), dim=-1)
 
     def loss(self, images: Tensor, text: TextEmbedding, group: Tensor | None = None) -> Tensor:
         """Contrastive loss of a batch, a scalar, for evaluation (see `CLIP.loss`)."""
-        return contrastive_loss(self.encode_image(images), self.encode_text(text), self.logit_scale.exp(), group)
+        scale = self.logit_scale.exp()
+        return contrastive_loss(self.encode_image(images), self.encode_text(text), scale, group)
 
     def _vision(self) -> nn.Module:
         if not self._loaded:
@@ -73,13 +74,15 @@ class OpenCLIP(nn.Module):
 
 
 def _load_vision(config: OpenClipConfig) -> nn.Module:
-    """The vision tower with its weights, frozen. Raises InputError, one line, when anything is missing: open_clip
-    alone would go on with random weights."""
+    """The vision tower with its weights, frozen. Raises InputError, one line, when anything is missing:
+    open_clip alone would go on with random weights."""
     import open_clip
 
     try:
         model = open_clip.create_model(config.model, config.pretrained, require_pretrained=True)
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot load clip {config.model} ({config.pretrained or 'no tag'}): {reason}") from None
-    return model.visual.eval().requires_grad_(False)
+        tag = config.pretrained or "no tag"
+        raise InputError(f"cannot load clip {config.model} ({tag}): {reason}") from None
+    vision: Any = model.visual
+    return vision.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The transformer block shared by the CLIP text head and both priors: pre-norm, fused attention, K/V cache."""
+"""The transformer shared by the CLIP text head and both priors: pre-norm, fused attention, K/V cache."""
 
 from __future__ import annotations
 

@@ -21,13 +21,15 @@ class Denoiser(nn.Module):
     def __init__(self, net: nn.Module, config: DiffusionConfig) -> None:
         super().__init__()
         if config.prediction == "eps" and config.schedule.zero_terminal_snr:
-            raise InputError("prediction 'eps' says nothing at zero SNR: use 'v' or 'x0' with zero_terminal_snr")
+            raise InputError(
+                "prediction 'eps' says nothing at zero SNR: use 'v' or 'x0' with zero_terminal_snr"
+            )
         self.net = net
         self.config = config
         self.schedule = make_schedule(config.schedule)
 
     def forward(self, x_t: Tensor, logsnr: Tensor, cond: object = None) -> Tensor:
-        """Estimate of x_0, float32, like x_t (B ...). `logsnr` (B) may be on any device, in any float dtype."""
+        """Estimate of x_0, float32, like x_t (B ...). `logsnr` (B): any device, float32 or float64."""
         return self.with_variance(x_t, logsnr, cond)[0]
 
     def with_variance(self, x_t: Tensor, logsnr: Tensor, cond: object = None) -> tuple[Tensor, Tensor | None]:

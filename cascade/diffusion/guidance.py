@@ -164,6 +164,8 @@ def _check(settings: SamplingConfig) -> None:
     if settings.threshold not in ("none", "static", "dynamic"):
         raise unknown("threshold", settings.threshold, ["none", "static", "dynamic"])
     if not 0 < settings.threshold_percentile <= 1:
-        raise InputError(f"threshold_percentile is {settings.threshold_percentile}: expected a share in (0, 1]")
+        raise InputError(
+            f"threshold_percentile is {settings.threshold_percentile}: expected a share in (0, 1]"
+        )
     if not settings.threshold_cap >= 1:
         raise InputError(f"threshold_cap is {settings.threshold_cap}: expected at least 1")

@@ -40,10 +40,10 @@ def loss_weight(logsnr: Tensor, config: DiffusionConfig, schedule: Schedule | No
     """Weight of the squared error in the space of `config.prediction`, float32, shape of `logsnr`.
 
     none           1 in the predicted space
-    min_snr        min(SNR, gamma) on the error of x_0 (Hang et al., arXiv:2303.09556, equation 8)
+    min_snr        min(SNR, gamma) on the error of x_0 (Hang et al. 2023, arXiv:2303.09556)
     soft_min_snr   SNR gamma / (SNR + gamma) on the error of x_0 (HDiT, arXiv:2401.11605, where gamma = 4)
-    sigmoid        sigmoid(b - logsnr) on the error of eps, times -d logsnr / dt so that the loss does not depend
-                   on the schedule it is sampled with (SiD2, arXiv:2410.19324; VDM++, arXiv:2303.00848)
+    sigmoid        sigmoid(b - logsnr) on the error of eps, times -d logsnr / dt so that the loss does not
+                   depend on the schedule it is sampled with (SiD2, arXiv:2410.19324; VDM++, arXiv:2303.00848)
     """
     if config.weighting == "none":
         return torch.ones_like(logsnr, dtype=torch.float32)
@@ -67,7 +67,9 @@ def x0_error_ratio(logsnr: Tensor, config: DiffusionConfig) -> Tensor:
     return scale.square()
 
 
-def variational_bound(schedule: Schedule, x0: Tensor, x0_hat: Tensor, logsnr: Tensor, fraction: Tensor) -> Tensor:
+def variational_bound(
+    schedule: Schedule, x0: Tensor, x0_hat: Tensor, logsnr: Tensor, fraction: Tensor
+) -> Tensor:
     """One term of the variational bound, bits per dimension, shape [B]: what 0.001 L_vlb contributes on a
     chain of 1000 steps. `x0_hat` comes detached, so that the bound teaches the variance only.
 
@@ -81,7 +83,9 @@ def variational_bound(schedule: Schedule, x0: Tensor, x0_hat: Tensor, logsnr: Te
     alpha_s, _ = levels(target, x0)
     share = _column(-torch.expm1(logsnr - target), x0)  # 1 - SNR_t / SNR_s
     mean_gap = share * alpha_s * (x0 - x0_hat)  # x_t contributes the same to both means
-    kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + mean_gap.square() * (-log_variance).exp())
+    kl = 0.5 * (
+        log_variance - low - 1 + (low - log_variance).exp() + mean_gap.square() * (-log_variance).exp()
+    )
     likelihood = _pixel_log_likelihood(x0, x0_hat, 0.5 * log_variance)
     is_first = first.reshape(-1, *(1 for _ in x0.shape[1:]))
     return torch.where(is_first, -likelihood, kl).flatten(1).mean(1) / math.log(2)

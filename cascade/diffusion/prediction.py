@@ -8,7 +8,8 @@ linear functions of (x_t, p): one pair of coefficients a prediction describes it
     v     alpha eps - sigma x_0 (arXiv:2202.00512)
     edm   the raw output F of EDM's preconditioned network (arXiv:2206.00364, equations 7 and 8) for data of
           standard deviation s: with n = sqrt(sigma^2 + s^2 alpha^2), F = (sigma x_0 - s^2 alpha eps) / (s n).
-          This is EDM's own definition after x_edm = x_t / alpha, sigma_edm = sigma / alpha; for s = 1 it is -v.
+          This is EDM's own definition after x_edm = x_t / alpha, sigma_edm = sigma / alpha; for s = 1 it
+          is -v.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def corrupt(x0: Tensor, eps: Tensor, logsnr: Tensor, sigma_data: float | None = 
     alpha, sigma = levels(logsnr, x0)
     targets = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0}
     if sigma_data is not None:
-        targets["edm"] = (sigma * x0 - sigma_data**2 * alpha * eps) / (sigma_data * edm_norm(alpha, sigma, sigma_data))
+        targets["edm"] = (sigma * x0 - sigma_data**2 * alpha * eps) / (
+            sigma_data * edm_norm(alpha, sigma, sigma_data)
+        )
     return Corrupted(alpha * x0 + sigma * eps, targets)
 
 
@@ -109,12 +112,12 @@ def eps_coefficients(
 
 
 def edm_norm(alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """Standard deviation of x_t for data of standard deviation sigma_data; x_t over it is EDM's c_in x_edm."""
+    """Standard deviation of x_t when that of the data is sigma_data; x_t over it is EDM's c_in x_edm."""
     return (sigma**2 + (sigma_data * alpha) ** 2).sqrt()
 
 
 def levels(logsnr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma of B (or one) log-SNRs, on the device and in the dtype of `like`, broadcastable to it."""
+    """alpha and sigma of B (or one) log-SNRs, of the device and dtype of `like`, broadcastable to it."""
     alpha, sigma = alpha_sigma(to_device(logsnr, like.device))
     shape = (-1, *(1 for _ in like.shape[1:]))
     return alpha.to(like.dtype).reshape(shape), sigma.to(like.dtype).reshape(shape)

@@ -2,8 +2,9 @@
 
 `denoise(x, logsnr)` estimates x_0 from x (B ...) at log-SNRs (B, float64, on the CPU: coefficients are
 computed there, and nothing waits for the accelerator). It returns x0_hat, or (x0_hat, variance fraction).
-A grid holds N + 1 log-SNRs, noisiest first; the last is only a target. It is +inf for a whole run; a grid that
-ends at a finite log-SNR returns x at that noise level, and a run may start at any level whose x is at hand.
+A grid holds N + 1 log-SNRs, noisiest first; the last is only a target. It is +inf for a whole run; a grid
+that ends at a finite log-SNR returns x at that noise level, and a run may start at any level whose x is at
+hand.
 
 `noise(i)` gives unit Gaussian noise like x for step i (default: torch's global generator).
 `on_step(i, N, x0_hat)` is called after each step.
@@ -84,14 +85,16 @@ def ddpm(
 def _ddpm_std(
     variance: Variance | float | None, fraction: Tensor | None, here: Level, there: Level
 ) -> Tensor | float:
-    """Standard deviation of the reverse step. Nichol & Dhariwal 2021, equation 15; Imagen, equations 4 and 6."""
+    """Standard deviation of the reverse step. Improved DDPM, equation 15; Imagen, equations 3 to 6."""
     low, high = step_log_variances(*torch.tensor([here.logsnr, there.logsnr], dtype=torch.float64))
     low, high = float(low), float(high)
     if variance is None:
         variance = "small" if fraction is None else "learned"
     if variance == "learned":
         if fraction is None:
-            raise InputError("variance 'learned': this network gives no variance; expected 'small' or 'large'")
+            raise InputError(
+                "variance 'learned': this network gives no variance; expected 'small' or 'large'"
+            )
         return (0.5 * (low + fraction * (high - low))).exp()
     gamma = {"small": 0.0, "large": 1.0}[variance] if isinstance(variance, str) else variance
     return math.exp(0.5 * (low + gamma * (high - low)))
@@ -158,8 +161,8 @@ def dpmpp_2m_sde(
     on_step: OnStep | None = None,
     eta: float = 1.0,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M), midpoint form. arXiv:2211.01095, appendix D; eta scales the noise as k-diffusion
-    does: 0 is DPM-Solver++(2M), 1 the reverse SDE."""
+    """SDE-DPM-Solver++(2M), midpoint form. Lu et al. 2022 (arXiv:2211.01095); eta scales the noise as in
+    k-diffusion: 0 is DPM-Solver++(2M), 1 the reverse SDE."""
     levels = _levels(logsnrs)
     _check_eta(eta, math.inf)
     previous: tuple[Tensor, float] | None = None  # estimate of x_0 and step length, one step ago
@@ -202,7 +205,9 @@ def heun(
         if there.sigma > 0 and here.logsnr > HEUN_LOGSNR:
             ahead, _ = _call(denoise, euler, there)
             eps_ahead = (euler - there.alpha * ahead) / there.sigma
-            step = there.sigma - there.alpha * (here.sigma / here.alpha)  # alpha_s times the step in sigma_edm
+            step = there.sigma - there.alpha * (
+                here.sigma / here.alpha
+            )  # alpha_s times the step in sigma_edm
             x = euler + 0.5 * step * (eps_ahead - eps)
         else:
             x = euler
@@ -242,7 +247,9 @@ def _levels(logsnrs: Tensor) -> list[Level]:
     """The grid in plain floats, so that no step touches the accelerator for a coefficient."""
     logsnrs = logsnrs.double().cpu()
     if logsnrs.dim() != 1 or len(logsnrs) < 2 or not bool((logsnrs.diff() > 0).all()):
-        raise InputError("grid: expected at least two log-SNRs in one dimension, strictly rising, noisiest first")
+        raise InputError(
+            "grid: expected at least two log-SNRs in one dimension, strictly rising, noisiest first"
+        )
     alphas, sigmas = alpha_sigma(logsnrs)
     return [Level(*level) for level in zip(logsnrs.tolist(), alphas.tolist(), sigmas.tolist(), strict=True)]
 
@@ -263,4 +270,6 @@ def _report(on_step: OnStep | None, step: int, levels: list[Level], x0: Tensor) 
 
 def _check_eta(eta: float, largest: float) -> None:
     if not 0 <= eta <= largest or math.isinf(eta):
-        raise InputError(f"eta is {eta}: expected a number from 0" + ("" if math.isinf(largest) else f" to {largest:g}"))
+        raise InputError(
+            f"eta is {eta}: expected a number from 0" + ("" if math.isinf(largest) else f" to {largest:g}")
+        )

@@ -30,14 +30,14 @@ EDM_SIGMA = (0.002, 80.0)
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """Signal and noise scales of x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1. +inf gives (1, 0)."""
+    """Scales of x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1. A log-SNR of +inf gives (1, 0)."""
     return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
 
 
 def step_log_variances(logsnr: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(smallest, largest) log variance of the reverse step from `logsnr` to the cleaner `target`.
 
-    The smallest is that of q(x_s | x_t, x_0), the largest that of q(x_t | x_s): beta-tilde and beta of a DDPM.
+    The smallest is that of q(x_s | x_t, x_0), the largest that of q(x_t | x_s): beta-tilde and beta of DDPM.
     """
     drop = torch.log(-torch.expm1(logsnr - target))  # log(1 - SNR_t / SNR_s)
     log_sigmoid = torch.nn.functional.logsigmoid
@@ -58,7 +58,7 @@ class Schedule:
         raise NotImplementedError
 
     def slope(self, logsnr: Tensor) -> Tensor:
-        """-d logsnr / dt > 0 at a log-SNR, float64: the inverse of the density of log-SNRs under uniform t."""
+        """-d logsnr / dt > 0 at a log-SNR, float64: one over the density of log-SNRs under uniform t."""
         raise NotImplementedError
 
     def previous(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +71,8 @@ class Schedule:
     def grid(self, steps: int, spacing: Spacing = "t") -> Tensor:
         """A sampler grid of `steps` evaluations, shape [steps + 1] (see the module's docstring).
 
-        spacing "t": uniform in t, from t = 1 to t = 1/steps. "logsnr": uniform in log-SNR from t = 1 to t = 0.
-        "edm": sigma^(1/7) uniform between 80 and 0.002 (within the schedule's range)."""
+        spacing "t": uniform in t, from t = 1 to t = 1/steps. "logsnr": uniform in log-SNR from t = 1 to
+        t = 0. "edm": sigma^(1/7) uniform between 80 and 0.002 (within the schedule's range)."""
         if steps < 1:
             raise InputError(f"steps is {steps}: expected at least 1")
         if spacing == "t":
@@ -140,13 +140,15 @@ class ContinuousSchedule(Schedule):
         return self._width * (self._curve.slope(u) - (self._high - self._low))
 
     def previous(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        t = self.t(logsnr)
-        first = t < 1 / TRAIN_STEPS
-        # first step: half of the way, so that its variance has a lower bound
-        return self.logsnr(torch.where(first, 0.5 * t, t - 1 / TRAIN_STEPS)), first
+        logsnr = precise(logsnr)
+        t, step = self.t(logsnr), 1 / TRAIN_STEPS
+        first = t < step
+        # first step: as long as the one before it, so that its variance has a lower bound
+        before = 2 * logsnr - self.logsnr(t + step)
+        return torch.where(first, before, self.logsnr((t - step).clamp(min=0))), first
 
     def _raw(self, u: Tensor) -> Tensor:
-        """Curve plus shift; the shift runs from `_low` at u = 0 to `_high` at u = 1 (simple diffusion, 3.1)."""
+        """Curve plus shift; the shift runs from `_low` at u = 0 to `_high` at u = 1 (simple diffusion)."""
         return self._curve.logsnr(u) + (1 - u) * self._low + u * self._high
 
     def _raw_inverse(self, logsnr: Tensor) -> Tensor:
@@ -178,7 +180,7 @@ class Curve:
 
 class CosineCurve(Curve):
     """alpha = cos(pi u / 2): logsnr = -2 log tan(pi u / 2). Nichol & Dhariwal 2021 without the offset s;
-    the form of simple diffusion (arXiv:2301.11093, equation 4), to which its resolution shifts are added."""
+    the form of simple diffusion (arXiv:2301.11093), to which its resolution shifts are added."""
 
     def logsnr(self, u: Tensor) -> Tensor:
         angle = u * (math.pi / 2)
@@ -209,7 +211,7 @@ class LinearCurve(Curve):
 
 class SigmoidCurve(Curve):
     """alpha^2 falls along a sigmoid from its value at `start` to its value at `end`, rescaled to [0, 1].
-    Chen 2023 (arXiv:2301.10972), algorithm 1, with its defaults -3, 3 and temperature 1."""
+    Chen 2023 (arXiv:2301.10972), with its defaults -3, 3 and temperature 1."""
 
     start, end = -3.0, 3.0
 
@@ -259,24 +261,27 @@ class DiscreteSchedule(Schedule):
         index = self.index(logsnr)
         first = index == 0
         levels = _table(self.logsnrs, logsnr)
-        # first step: as if the grid went on by an equal gap, so that its variance has a lower bound
+        # first step: as long as the one before it, so that its variance has a lower bound
         before = torch.where(first, 2 * levels[0] - levels[1], levels[(index - 1).clamp(min=0)])
         return before, first
 
     def grid(self, steps: int, spacing: Spacing = "t") -> Tensor:
         """As `Schedule.grid`, on levels of the grid only: "t" takes the last of each of `steps` equal runs
-        (arXiv:2305.08891's trailing steps), the others the nearest levels, merging those that coincide. The
-        first is always level 999."""
+        (arXiv:2305.08891's trailing steps), the others the nearest levels that are still free. The first is
+        always level 999."""
         if not 1 <= steps <= TRAIN_STEPS:
             raise InputError(f"steps is {steps}: expected 1 to {TRAIN_STEPS} on a discrete schedule")
         if spacing == "t":
             return self.respaced([round(TRAIN_STEPS * i / steps) - 1 for i in range(1, steps + 1)])
-        nearest = self.index(super().grid(steps, spacing)[1:-1])
-        return self.respaced([TRAIN_STEPS - 1, *nearest.tolist()])
+        wanted = self.index(super().grid(steps, spacing)[1:-1]).tolist()
+        indices = [TRAIN_STEPS - 1]
+        for left, index in zip(range(steps - 2, -1, -1), wanted, strict=True):
+            indices.append(max(min(index, indices[-1] - 1), left))  # below the last, with room for those left
+        return self.respaced(indices)
 
     def respaced(self, indices: Sequence[int] | str) -> Tensor:
         """A sampler grid of chosen indices, or of section counts "10,10,5": the grid is cut into equal
-        sections, data first, and that many evenly strided levels are kept of each (improved DDPM, respace.py)."""
+        sections, data first, and that many evenly strided levels are kept of each (improved DDPM)."""
         chosen = section_indices(indices) if isinstance(indices, str) else indices
         kept = sorted(set(chosen), reverse=True)
         if not kept or kept[0] >= TRAIN_STEPS or kept[-1] < 0:
@@ -296,7 +301,9 @@ def section_indices(sections: str) -> list[int]:
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if not 1 <= count <= length:
-            raise InputError(f"respacing {sections!r}: section {section} has {length} steps, cannot keep {count}")
+            raise InputError(
+                f"respacing {sections!r}: section {section} has {length} steps, cannot keep {count}"
+            )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         indices += [start + round(stride * i) for i in range(count)]
         start += length
@@ -304,7 +311,7 @@ def section_indices(sections: str) -> list[int]:
 
 
 def rescale_zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first is kept. arXiv:2305.08891, algorithm 1."""
+    """Move and scale sqrt(alpha_bar): the last becomes 0, the first stays. arXiv:2305.08891, algorithm 1."""
     root = alpha_bar.sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     return root**2
@@ -322,7 +329,11 @@ def cosine_betas() -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-CURVES: dict[str, Callable[[], Curve]] = {"cosine": CosineCurve, "linear": LinearCurve, "sigmoid": SigmoidCurve}
+CURVES: dict[str, Callable[[], Curve]] = {
+    "cosine": CosineCurve,
+    "linear": LinearCurve,
+    "sigmoid": SigmoidCurve,
+}
 BETAS: dict[str, Callable[[], Tensor]] = {"discrete_cosine": cosine_betas, "discrete_linear": linear_betas}
 
 

@@ -45,9 +45,10 @@ class Attention2d(nn.Module):
         """x: B C H W; context_kv: B L 2C; mask: B L, True at tokens that may be attended to."""
         b, c, height, width = x.shape
         h = self.norm(x).flatten(2).transpose(1, 2)  # B HW C
+        q = self.q(h)
         parts = []
         if context_kv is not None:
-            parts.append(context_kv.to(h.dtype))
+            parts.append(context_kv.to(q.dtype))
         if self.kv is not None:
             parts.append(self.kv(h))
         k, v = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).chunk(2, dim=-1)
@@ -57,7 +58,7 @@ class Attention2d(nn.Module):
             if self.kv is not None:
                 attend = F.pad(attend, (0, height * width), value=True)  # pixels come after the tokens
         h = F.scaled_dot_product_attention(
-            split_heads(self.q(h), self.heads), split_heads(k, self.heads), split_heads(v, self.heads), attn_mask=attend
+            split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads), attn_mask=attend
         )
         h = self.out(h.transpose(1, 2).flatten(2))  # B HW C
         return x + h.transpose(1, 2).reshape(b, c, height, width)

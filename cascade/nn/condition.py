@@ -19,15 +19,17 @@ class TextInput(nn.Module):
     def __init__(self, dim: int, cfg: UNetConfig, emb_dim: int) -> None:
         super().__init__()
         context = cfg.context_dim or dim
-        self.project = nn.Linear(dim, context) if cfg.context_dim else nn.Identity()
+        project = cfg.context_dim and (any(cfg.text_attention) or cfg.pool_projected)
+        self.project = nn.Linear(dim, context) if project else nn.Identity()
         self.pool_projected = cfg.pool_projected
         pool_dim = context if cfg.pool_projected else dim
         self.pool_norm = nn.LayerNorm(pool_dim)
         self.pool = AttentionPool(pool_dim, cfg.pool_heads)
         self.pool_project = nn.Linear(pool_dim, emb_dim)
         self.pool_out_norm = nn.LayerNorm(emb_dim)
+        self.learned_null = cfg.learned_null
         if cfg.learned_null:
-            self.null_token = nn.Parameter(torch.randn(context) * 0.02)
+            self.null_token = nn.Parameter(torch.randn(context) * 0.02, requires_grad=any(cfg.text_attention))
             self.null_pooled = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, tokens: Tokens, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,6 +39,7 @@ class TextInput(nn.Module):
         pooled = self.pool_out_norm(self.pool_project(self.pool(pool_in, tokens.mask)))
         mask = tokens.mask
         if keep is not None:
+            self._need_null()
             context = torch.where(keep[:, None, None], context, self.null_token.to(context.dtype))
             pooled = torch.where(keep[:, None], pooled, self.null_pooled.to(pooled.dtype))
             first = torch.zeros_like(mask)
@@ -46,8 +49,13 @@ class TextInput(nn.Module):
 
     def null(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """The learned null for a whole batch: one token, one vector."""
+        self._need_null()
         context = self.null_token.expand(batch, 1, -1)
         return context, context.new_ones(batch, 1, dtype=torch.bool), self.null_pooled.expand(batch, -1)
+
+    def _need_null(self) -> None:
+        if not self.learned_null:
+            raise InputError("this network has no learned null text: give the encoded empty prompt in its place")
 
 
 class ImageEmbedInput(nn.Module):
@@ -56,15 +64,16 @@ class ImageEmbedInput(nn.Module):
     def __init__(self, dim: int, cfg: UNetConfig, context_dim: int, emb_dim: int) -> None:
         super().__init__()
         self.tokens, self.scale = cfg.image_tokens, cfg.image_embed_scale
-        self.to_tokens = nn.Linear(dim, self.tokens * context_dim)
+        self.to_tokens = nn.Linear(dim, self.tokens * context_dim) if any(cfg.text_attention) else None
         self.to_vector = nn.Linear(dim, emb_dim)
         self.null = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, embed: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, embed: Tensor, keep: Tensor | None) -> tuple[Tensor | None, Tensor]:
         embed = embed.to(self.null.dtype) * self.scale
         if keep is not None:
             embed = torch.where(keep[:, None], embed, self.null)
-        return self.to_tokens(embed).unflatten(-1, (self.tokens, -1)), self.to_vector(embed)  # B T C, B E
+        tokens = None if self.to_tokens is None else self.to_tokens(embed).unflatten(-1, (self.tokens, -1))
+        return tokens, self.to_vector(embed)  # B T C, B E
 
 
 class ConditionEncoder(nn.Module):
@@ -72,9 +81,9 @@ class ConditionEncoder(nn.Module):
 
     def __init__(self, cfg: UNetConfig, emb_dim: int) -> None:
         super().__init__()
-        self.context_dim = context_width(cfg)
+        self.sees_tokens = any(cfg.text_attention)
         self.text = nn.ModuleList(TextInput(dim, cfg, emb_dim) for dim in cfg.text_dims)
-        self.image = ImageEmbedInput(cfg.image_embed_dim, cfg, self.context_dim, emb_dim) if cfg.image_embed_dim else None
+        self.image = ImageEmbedInput(cfg.image_embed_dim, cfg, context_width(cfg), emb_dim) if cfg.image_embed_dim else None
         self.aug = LevelEmbedding(cfg.channels[0], emb_dim, cfg.act) if cfg.lowres_channels else None
         if self.aug is not None:
             zero_init(self.aug.linear_2)
@@ -90,26 +99,32 @@ class ConditionEncoder(nn.Module):
             else:
                 keep = None if cond.text_keep is None else cond.text_keep[:, i]
                 context, mask, vector = reader(cond.text.sequences[i], keep)
-            contexts.append(context), masks.append(mask), vectors.append(vector)
+            vectors.append(vector)
+            if self.sees_tokens:
+                contexts.append(context), masks.append(mask)
         if self.image is not None:
             embed, keep = cond.image_embed, cond.image_keep
             if embed is None:
                 embed = self.image.null.new_zeros(batch, self.image.null.shape[0])
                 keep = torch.zeros(batch, dtype=torch.bool, device=embed.device)
             context, vector = self.image(embed, keep)
-            contexts.append(context), vectors.append(vector)
-            masks.append(torch.ones(context.shape[:2], dtype=torch.bool, device=context.device))
+            vectors.append(vector)
+            if context is not None:
+                contexts.append(context)
+                masks.append(torch.ones(context.shape[:2], dtype=torch.bool, device=context.device))
         if self.aug is not None:
-            level = cond.aug_level
-            assert level is not None, "a super-resolution network needs aug_level"
-            vectors.append(self.aug(1000 * level))
+            if cond.aug_level is None:
+                raise InputError("a super-resolution network needs aug_level, got none")
+            vectors.append(self.aug(1000 * cond.aug_level))
         context = torch.cat(contexts, dim=1) if contexts else None
         return context, torch.cat(masks, dim=1) if masks else None, sum(vectors) if vectors else None
 
 
 def context_width(cfg: UNetConfig) -> int:
-    """Width of the conditioning tokens; 0 where a network has none."""
-    if cfg.context_dim:
+    """Width of the conditioning tokens; 0 where no level attends to any."""
+    if not any(cfg.text_attention):
+        return 0
+    if cfg.context_dim and (cfg.text_dims or cfg.image_embed_dim):
         return cfg.context_dim
     widths = set(cfg.text_dims)
     if len(widths) > 1:

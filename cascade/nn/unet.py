@@ -170,7 +170,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning | Context) -> Tensor:
         context = cond if isinstance(cond, Context) else self.prepare(cond, x.shape[0])
         if self.cfg.lowres_channels:
-            assert context.lowres is not None, "a super-resolution network needs lowres"
+            if context.lowres is None:
+                raise InputError("a super-resolution network needs lowres, got none")
             x = torch.cat([x, context.lowres.to(x.dtype)], dim=1)
         emb = self.time(time)
         if context.vector is not None:
@@ -225,6 +226,8 @@ class UNet(nn.Module):
 def check(cfg: UNetConfig) -> None:
     """Refuse an inconsistent configuration with one line."""
     levels = len(cfg.channels)
+    if levels == 0:
+        raise InputError("unet.channels is empty: expected one width a level")
     for name in ("blocks", "strides", "self_attention", "text_attention"):
         if len(getattr(cfg, name)) != levels:
             raise InputError(f"unet.{name} has {len(getattr(cfg, name))} entries, channels has {levels}")
@@ -232,6 +235,19 @@ def check(cfg: UNetConfig) -> None:
         raise InputError("unet.text_attention is set, but there are neither text_dims nor image_embed_dim")
     if cfg.layout == "adm" and cfg.strides != (1, *[2] * (levels - 1)):
         raise InputError(f"unet.strides of the adm layout must be {(1, *[2] * (levels - 1))}, got {cfg.strides}")
-    for dim in cfg.text_dims:
+    for name in ("channels", "blocks", "strides"):
+        if min(getattr(cfg, name)) < 1:
+            raise InputError(f"unet.{name} {getattr(cfg, name)}: expected positive integers")
+    for name in ("patch", "head_channels", "pool_heads", "image_tokens"):
+        if getattr(cfg, name) < 1:
+            raise InputError(f"unet.{name} {getattr(cfg, name)}: expected a positive integer")
+    if cfg.channels[0] % 2:
+        raise InputError(f"unet.channels starts with {cfg.channels[0]}: expected an even width (time embedding)")
+    for i, c in enumerate(cfg.channels):
+        if (cfg.self_attention[i] or cfg.text_attention[i]) and c % max(1, c // cfg.head_channels):
+            raise InputError(f"unet.head_channels {cfg.head_channels} does not divide width {c} of level {i}")
+    if cfg.pool_projected and not cfg.context_dim:
+        raise InputError("unet.pool_projected is set, but there is no context_dim to project the tokens to")
+    for dim in (cfg.context_dim,) if cfg.pool_projected else cfg.text_dims:
         if dim % cfg.pool_heads:
-            raise InputError(f"unet.pool_heads {cfg.pool_heads} does not divide the text width {dim}")
+            raise InputError(f"unet.pool_heads {cfg.pool_heads} does not divide the pooled text width {dim}")

@@ -34,14 +34,14 @@ def load_text_encoder(
     A `name` may be relative to `folder`, the model folder. `dtype` None is each kind's own choice.
     Raises InputError for an unknown kind or key, and, once used, for files that are missing or altered.
     """
-    data = dict(reference)
+    data, place = dict(reference), "text_encoder"
     match data.get("kind"):
         case "minilm":
-            return MiniLM(from_dict(MiniLMReference, data, "text_encoder"), device, dtype)
+            return MiniLM(from_dict(MiniLMReference, data, place), device, dtype)
         case "hf":
-            return HuggingFaceEncoder(from_dict(HuggingFaceReference, data, "text_encoder"), folder, device, dtype)
+            return HuggingFaceEncoder(from_dict(HuggingFaceReference, data, place), folder, device, dtype)
         case "open_clip":
-            return OpenCLIPEncoder(from_dict(OpenCLIPReference, data, "text_encoder"), folder, device, dtype)
+            return OpenCLIPEncoder(from_dict(OpenCLIPReference, data, place), folder, device, dtype)
         case "pair":
             return PairEncoder([load_text_encoder(r, folder, device, dtype) for r in _pair(data)])
         case kind:
@@ -53,6 +53,10 @@ def _pair(data: dict[str, Any]) -> list[Mapping[str, Any]]:
         if name not in ("kind", "encoders"):
             raise unknown("key", name, ["kind", "encoders"], where="text_encoder")
     encoders = data.get("encoders")
-    if not isinstance(encoders, list) or len(encoders) < 2 or not all(isinstance(e, Mapping) for e in encoders):
+    if (
+        not isinstance(encoders, list)
+        or len(encoders) < 2
+        or not all(isinstance(e, Mapping) for e in encoders)
+    ):
         raise InputError(f"text_encoder.encoders: expected a list of two references, got {encoders!r:.100}")
     return encoders

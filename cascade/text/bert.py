@@ -18,7 +18,7 @@ class Bert:
         self.weights = weights
         self.heads = heads
         self.eps = eps
-        self.layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
+        self.layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Bert:
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.weights.items()}
@@ -33,7 +33,8 @@ class Bert:
         x = self._norm(x, "embeddings.LayerNorm")
         for i in range(self.layers):
             name = f"encoder.layer.{i}"
-            x = self._norm(x + self._attend(x, mask, f"{name}.attention"), f"{name}.attention.output.LayerNorm")
+            h = self._attend(x, mask, f"{name}.attention")  # B L D
+            x = self._norm(x + h, f"{name}.attention.output.LayerNorm")
             h = F.gelu(self._linear(x, f"{name}.intermediate.dense"))  # B L 4D
             x = self._norm(x + self._linear(h, f"{name}.output.dense"), f"{name}.output.LayerNorm")
         return x

@@ -20,10 +20,24 @@ def resolve(name: str, revision: str | None, folder: Path | None, patterns: list
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*.fp16*"],  # second copies of the same weights
+            )
+        )
     except (OSError, ValueError) as error:  # no network, no such repository, no valid name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"text encoder {name!r} is neither a folder nor a hub repository in reach: {reason}") from None
+        reason = first_line(error)
+        raise InputError(
+            f"text encoder {name!r}: no folder and no hub repository in reach: {reason}"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cascade.conditioning import TextEmbedding
@@ -16,7 +17,7 @@ from cascade.config import to_dict
 from cascade.errors import InputError
 from cascade.text.base import FrozenEncoder, TokenIds
 from cascade.text.clean import clean_caption
-from cascade.text.files import digests, resolve, verify
+from cascade.text.files import digests, first_line, resolve, verify
 
 T5_CLASSES = {  # each variant has its own attention biases; AutoModel would load the decoder too
     "t5": "T5EncoderModel",
@@ -24,6 +25,7 @@ T5_CLASSES = {  # each variant has its own attention biases; AutoModel would loa
     "umt5": "UMT5EncoderModel",
     "longt5": "LongT5EncoderModel",
 }
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # `resolve` has fetched
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
@@ -42,7 +44,7 @@ class HuggingFaceReference:
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
-            raise InputError(f"max_length of text encoder {self.name!r}: expected at least 1, got {self.max_length}")
+            raise InputError(f"max_length of {self.name}: expected at least 1, got {self.max_length}")
 
 
 class HuggingFaceEncoder(FrozenEncoder):
@@ -126,10 +128,10 @@ class HuggingFaceEncoder(FrozenEncoder):
             from transformers import AutoConfig
 
             with _one_line(self.config.name):
-                config = AutoConfig.from_pretrained(self._find() / self.config.subfolder, local_files_only=True)
+                config = AutoConfig.from_pretrained(self._find() / self.config.subfolder, **LOCAL)
             if config.model_type in T5_CLASSES:
                 if self._given_dtype == torch.float16:
-                    raise InputError(f"{self.config.name}: T5 overflows in float16, expected bfloat16 or float32")
+                    raise InputError(f"{self.config.name}: T5 overflows in float16: expected bfloat16")
                 self.dtype = self._given_dtype or torch.bfloat16
             self._network_config = config
         return self._network_config
@@ -141,7 +143,7 @@ class HuggingFaceEncoder(FrozenEncoder):
             config, folder = self._read_config(), self._find()
             verify(folder, self.config.sha256)
             with _one_line(self.config.name):
-                tokenizer = AutoTokenizer.from_pretrained(folder / self._tokenizer_subfolder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(folder / self._tokenizer_subfolder, **LOCAL)
             tokenizer.padding_side = "right"
             if tokenizer.pad_token is None:  # decoder-only networks have none
                 tokenizer.pad_token = tokenizer.eos_token
@@ -156,7 +158,8 @@ class HuggingFaceEncoder(FrozenEncoder):
         text = config.get_text_config()
         limit = min(tokenizer.model_max_length, getattr(text, "max_position_embeddings", None) or 10**9)
         if self.max_length > limit:
-            raise InputError(f"max_length of {self.config.name}: expected at most {limit}, got {self.max_length}")
+            name, given = self.config.name, self.max_length
+            raise InputError(f"max_length of {name}: expected at most {limit}, got {given}")
 
 
 def _load_network(folder: Path, config: Any, dtype: torch.dtype, name: str) -> Any:
@@ -166,12 +169,12 @@ def _load_network(folder: Path, config: Any, dtype: torch.dtype, name: str) -> A
     loader = getattr(transformers, T5_CLASSES.get(config.model_type, "AutoModel"))
     with _one_line(name), _quiet():
         model, report = loader.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
         )
     # a pooler on top of the last layer is not used here, and many checkpoints lack it
-    missing = sorted(k for k in [*report["missing_keys"], *report["mismatched_keys"]] if "pooler" not in str(k))
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
-        raise InputError(f"{name}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}")
+        raise InputError(f"{name}: {len(missing)} weights are missing, the first is {missing[0]}")
     if hasattr(model, "text_model"):  # CLIP, SigLIP and other networks of two towers
         return model.text_model
     return model.get_encoder() if config.is_encoder_decoder and config.model_type not in T5_CLASSES else model
@@ -182,9 +185,8 @@ def _one_line(name: str) -> Iterator[None]:
     """Errors of transformers about missing or unreadable files, as one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load text encoder {name!r}: {reason}") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"cannot load text encoder {name!r}: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

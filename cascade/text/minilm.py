@@ -54,7 +54,9 @@ class MiniLM(FrozenEncoder):
 
     dims = (384,)
 
-    def __init__(self, config: MiniLMReference, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, config: MiniLMReference, device: torch.device | str, dtype: torch.dtype | None
+    ) -> None:
         super().__init__(device, dtype or torch.float32)
         self.config = config
         self._loaded: tuple[Tokenizer, Bert] | None = None

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors")
-TEXT_TENSORS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection", "cls_emb")
+TEXT_TENSORS = (
+    "token_embedding.",
+    "positional_embedding",
+    "transformer.",
+    "ln_final.",
+    "text_projection",
+    "cls_emb",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +125,13 @@ class OpenCLIPEncoder(FrozenEncoder):
     def _text_config(self) -> dict[str, Any]:
         text = self._model_config()["text_cfg"]
         if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-            raise InputError(f"{self.config.name}: expected CLIP's own tokens; load this text tower with kind 'hf'")
+            name = self.config.name
+            raise InputError(f"{name}: expected CLIP's own tokens; load this text tower with kind 'hf'")
         length = text.get("context_length", 77)
         if self.config.max_length not in (None, length):
-            raise InputError(f"max_length of {self.config.name}: expected {length}, got {self.config.max_length}")
+            raise InputError(
+                f"max_length of {self.config.name}: expected {length}, got {self.config.max_length}"
+            )
         return text
 
     def _load(self) -> tuple[SimpleTokenizer, nn.Module]:
@@ -151,7 +161,9 @@ def _repository(name: str, pretrained: str | None) -> str:
         raise unknown(f"weights of open_clip {name}", pretrained, tags)
     hub = get_pretrained_cfg(name, pretrained).get("hf_hub", "")
     if not hub:
-        raise InputError(f"open_clip {name} {pretrained}: not in safetensors on the hub; give a folder instead")
+        raise InputError(
+            f"open_clip {name} {pretrained}: not in safetensors on the hub; give a folder instead"
+        )
     return "/".join(hub.split("/")[:2])
 
 
@@ -163,7 +175,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _tower(config: dict[str, Any], weights: Path) -> nn.Module:
-    """Build the text tower and fill it; CLIP's checkpoints hold its tensors at the top level or under text."""
+    """The text tower, filled. Checkpoints hold its tensors at the top level or under `text.`"""
     from open_clip.model import CLIPTextCfg, _build_text_tower
     from safetensors import SafetensorError, safe_open
 
@@ -174,7 +186,9 @@ def _tower(config: dict[str, Any], weights: Path) -> nn.Module:
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
             prefix = "text." if any(n.startswith("text.") for n in names) else ""
-            chosen = [n for n in names if n.removeprefix(prefix).startswith(TEXT_TENSORS) and n.startswith(prefix)]
+            chosen = [
+                n for n in names if n.removeprefix(prefix).startswith(TEXT_TENSORS) and n.startswith(prefix)
+            ]
             tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in chosen}
         tower.load_state_dict(tensors)
     except (SafetensorError, RuntimeError) as error:
