@@ -1,0 +1,1 @@
+"""Evaluation of model folders: an application, run from a checkout as `python -m eval...`."""

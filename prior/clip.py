@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cascade.conditioning import TextEmbedding, Tokens
 from cascade.errors import InputError
+from cascade.nn.attention import extend_mask
 from prior.transformer import Transformer
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP section 2.5: keeps training stable
@@ -65,7 +66,7 @@ class TextHead(nn.Module):
         tokens = select_tokens(text, self.sequence, self.input.in_features, "clip")
         x = self.input(self.norm(tokens.states.to(self.input.weight.dtype)))  # B L D
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # B 1+L D
-        mask = F.pad(tokens.mask, (1, 0), value=True)[:, None, None, :]  # B 1 1 1+L
+        mask = extend_mask(tokens.mask, before=1)[:, None, None, :]  # B 1 1 1+L
         states, _ = self.transformer(x, mask)
         return self.output(states[:, 0])
 

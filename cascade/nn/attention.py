@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from cascade.nn.layers import norm2d, zero_init
 
 
+def extend_mask(mask: Tensor, before: int = 0, after: int = 0) -> Tensor:
+    """B L to B before+L+after, True at the new places.
+
+    By index, not by padding: torch 2.15's compiler reads before the start of a padded boolean tensor on the CPU
+    and crashes when that address is not mapped."""
+    length = mask.shape[1]
+    place = torch.arange(-before, length + after, device=mask.device)
+    return mask[:, place.clamp(0, length - 1)] | (place < 0) | (place >= length)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """B N (h d) -> B h N d."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -19,12 +29,18 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 class Attention2d(nn.Module):
     """Attention of a feature map to itself, to conditioning tokens, or to both in one softmax.
 
-    With both, the tokens' keys and values are prepended to the pixels' own (Imagen D.3.1). The tokens' keys and
-    values do not depend on the noise level: `context_kv` makes them once a prompt, `forward` takes them.
+    With both, the tokens' keys and values are prepended to the pixels' own (Imagen D.3.1). They do not depend
+    on the noise level: `context_kv` makes them once a prompt, `forward` takes them.
     """
 
     def __init__(
-        self, channels: int, head_channels: int, norm: Literal["group", "rms"], *, self_attention: bool, context_dim: int
+        self,
+        channels: int,
+        head_channels: int,
+        norm: Literal["group", "rms"],
+        *,
+        self_attention: bool,
+        context_dim: int,
     ) -> None:
         super().__init__()
         self.heads = max(1, channels // head_channels)
@@ -54,11 +70,10 @@ class Attention2d(nn.Module):
         k, v = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).chunk(2, dim=-1)
         attend = None
         if mask is not None and context_kv is not None:
-            attend = mask[:, None, None, :]  # B 1 1 L
-            if self.kv is not None:
-                attend = F.pad(attend, (0, height * width), value=True)  # pixels come after the tokens
+            pixels = height * width if self.kv is not None else 0  # they come after the tokens
+            attend = extend_mask(mask, after=pixels)[:, None, None, :]  # B 1 1 L
         h = F.scaled_dot_product_attention(
-            split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads), attn_mask=attend
+            *(split_heads(part, self.heads) for part in (q, k, v)), attn_mask=attend
         )
         h = self.out(h.transpose(1, 2).flatten(2))  # B HW C
         return x + h.transpose(1, 2).reshape(b, c, height, width)
@@ -83,6 +98,7 @@ class AttentionPool(nn.Module):
         mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
         first = mean + self.position.to(tokens.dtype)  # B 1 D
         states = torch.cat([first, tokens], dim=1)
-        attend = F.pad(mask, (1, 0), value=True)[:, None, None, :]
-        q, k, v = (split_heads(f(s), self.heads) for f, s in ((self.q, first), (self.k, states), (self.v, states)))
+        attend = extend_mask(mask, before=1)[:, None, None, :]
+        q = split_heads(self.q(first), self.heads)
+        k, v = (split_heads(project(states), self.heads) for project in (self.k, self.v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend).transpose(1, 2).flatten(1)

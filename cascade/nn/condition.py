@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -55,16 +57,17 @@ class TextInput(nn.Module):
 
     def _need_null(self) -> None:
         if not self.learned_null:
-            raise InputError("this network has no learned null text: give the encoded empty prompt in its place")
+            raise InputError("this network has no learned null text: give the encoded empty prompt instead")
 
 
 class ImageEmbedInput(nn.Module):
     """CLIP image embedding to extra tokens and a vector added to the time embedding (unCLIP 2.1)."""
 
-    def __init__(self, dim: int, cfg: UNetConfig, context_dim: int, emb_dim: int) -> None:
+    def __init__(self, cfg: UNetConfig, emb_dim: int) -> None:
         super().__init__()
+        dim, context_dim = cfg.image_embed_dim or 0, context_width(cfg)
         self.tokens, self.scale = cfg.image_tokens, cfg.image_embed_scale
-        self.to_tokens = nn.Linear(dim, self.tokens * context_dim) if any(cfg.text_attention) else None
+        self.to_tokens = nn.Linear(dim, self.tokens * context_dim) if context_dim else None
         self.to_vector = nn.Linear(dim, emb_dim)
         self.null = nn.Parameter(torch.zeros(dim))
 
@@ -83,7 +86,7 @@ class ConditionEncoder(nn.Module):
         super().__init__()
         self.sees_tokens = any(cfg.text_attention)
         self.text = nn.ModuleList(TextInput(dim, cfg, emb_dim) for dim in cfg.text_dims)
-        self.image = ImageEmbedInput(cfg.image_embed_dim, cfg, context_width(cfg), emb_dim) if cfg.image_embed_dim else None
+        self.image = ImageEmbedInput(cfg, emb_dim) if cfg.image_embed_dim else None
         self.aug = LevelEmbedding(cfg.channels[0], emb_dim, cfg.act) if cfg.lowres_channels else None
         if self.aug is not None:
             zero_init(self.aug.linear_2)
@@ -101,7 +104,8 @@ class ConditionEncoder(nn.Module):
                 context, mask, vector = reader(cond.text.sequences[i], keep)
             vectors.append(vector)
             if self.sees_tokens:
-                contexts.append(context), masks.append(mask)
+                contexts.append(context)
+                masks.append(mask)
         if self.image is not None:
             embed, keep = cond.image_embed, cond.image_keep
             if embed is None:
@@ -117,7 +121,11 @@ class ConditionEncoder(nn.Module):
                 raise InputError("a super-resolution network needs aug_level, got none")
             vectors.append(self.aug(1000 * cond.aug_level))
         context = torch.cat(contexts, dim=1) if contexts else None
-        return context, torch.cat(masks, dim=1) if masks else None, sum(vectors) if vectors else None
+        return (
+            context,
+            torch.cat(masks, dim=1) if masks else None,
+            reduce(torch.add, vectors) if vectors else None,
+        )
 
 
 def context_width(cfg: UNetConfig) -> int:

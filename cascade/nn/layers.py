@@ -99,7 +99,8 @@ class ResBlock(nn.Module):
         self.norm2 = norm2d(norm, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.act = activation(act)
         self.resample = resample
         self.scale = scale

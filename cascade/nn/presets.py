@@ -9,13 +9,20 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cascade.config import AugmentConfig, DiffusionConfig, SamplingConfig, ScheduleConfig, StageConfig, UNetConfig
+from cascade.config import (
+    AugmentConfig,
+    DiffusionConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    StageConfig,
+    UNetConfig,
+)
 
 T5_XXL_DIM = 4096  # token width of the T5-XXL encoder, frozen in Imagen and in DeepFloyd IF
 
-# Imagen (arXiv:2205.11487): every stage predicts the noise with an unweighted loss in noise space (appendix A),
-# draws aug_level from U(0, 1) (2.4; 0.1 to 0.3 look best, D.2) and samples ancestrally with dynamic thresholding
-# at the 99.5th percentile and guidance 5 (2.3, figure A.10). Step counts are not published.
+# Imagen (arXiv:2205.11487): every stage predicts the noise with an unweighted loss (appendix A), draws
+# aug_level from U(0, 1) (2.4; 0.1 to 0.3 look best, D.2) and samples ancestrally, with guidance 5 and
+# dynamic thresholding at the 99.5th percentile (2.3, figure A.10). Step counts are not published.
 IMAGEN_COSINE = DiffusionConfig(prediction="eps", schedule=ScheduleConfig(name="cosine"), weighting="none")
 IMAGEN_LINEAR = replace(IMAGEN_COSINE, schedule=ScheduleConfig(name="linear"))
 IMAGEN_AUGMENT = AugmentConfig(max_level=1.0, schedule="cosine")
@@ -63,8 +70,8 @@ IMAGEN_SR_600M = StageConfig(
     sampling=IMAGEN_SR_SAMPLING,
 )
 
-# 256 -> 1024 px. Published: 400M (4.1, F.3: F.2 without self-attention, linear schedule), which F.2's layers only
-# come near with narrow text layers. Here: 450M.
+# 256 -> 1024 px. Published: 400M (4.1, F.3). F.2 without self-attention, as F.3 has it, comes to 507M; narrow
+# text layers bring it near. Here: 450M.
 IMAGEN_SR_400M = StageConfig(
     name="sr1024",
     image_px=1024,
@@ -80,7 +87,7 @@ IMAGEN_SR_400M = StageConfig(
     sampling=IMAGEN_SR_SAMPLING,
 )
 
-# DeepFloyd IF-I-XL, 64 px. Published: 4.3B; its layout in diffusers has 4,304,695,110 parameters, and so has this.
+# DeepFloyd IF-I-XL, 64 px. Published: 4.3B; its layout in diffusers has 4,304,695,110 parameters, as here.
 IF_I_XL = StageConfig(
     name="base",
     image_px=64,

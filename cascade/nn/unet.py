@@ -8,9 +8,10 @@ A level is a resolution. The two layouts differ in where they resample and what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def _cat(parts: list[Tensor | None]) -> Tensor | None:
 class Level(nn.Module):
     """Residual blocks of one resolution with their attention, and the resampling before or after them."""
 
-    def __init__(self, blocks: list[ResBlock], attentions: list[Attention2d | None]) -> None:
+    def __init__(self, blocks: Sequence[ResBlock], attentions: Sequence[Attention2d | None]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(a if a is not None else nn.Identity() for a in attentions)
@@ -85,22 +86,28 @@ class UNet(nn.Module):
         channels = cfg.channels
         emb_dim = cfg.time_dim or 4 * channels[0]
         block = partial(
-            ResBlock, emb_dim=emb_dim, norm=cfg.norm, act=cfg.act, dropout=cfg.dropout, scale=cfg.residual_scale
+            ResBlock,
+            emb_dim=emb_dim,
+            norm=cfg.norm,
+            act=cfg.act,
+            dropout=cfg.dropout,
+            scale=cfg.residual_scale,
         )
         self.time = LevelEmbedding(channels[0], emb_dim, cfg.act)
         self.condition = ConditionEncoder(cfg, emb_dim)
         self.emb_act = activation(cfg.act)
-        self.stem = nn.Conv2d((cfg.in_channels + cfg.lowres_channels) * cfg.patch**2, channels[0], 3, padding=1)
+        in_channels = (cfg.in_channels + cfg.lowres_channels) * cfg.patch**2
+        self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         if self.efficient:
             self.down, self.middle, self.up = self._efficient(block)
         else:
             self.down, self.middle, self.up = self._adm(block)
         self.norm_out = norm2d(cfg.norm, channels[0])
         self.conv_out = zero_init(nn.Conv2d(channels[0], cfg.out_channels * cfg.patch**2, 3, padding=1))
-        # Attentions that see tokens, in order of use: prepare() makes their keys and values, forward() hands them out.
+        # In order of use: prepare() makes their keys and values, forward() hands them out.
         self.token_attentions = [m for m in self._in_order() if m.kv_context is not None]
 
-    # -- layouts ---------------------------------------------------------------------------------------------------
+    # -- layouts ---------------------------------------------------------------------------------------------
 
     def _attention(self, level: int) -> Attention2d | None:
         cfg = self.cfg
@@ -121,8 +128,9 @@ class UNet(nn.Module):
             if stride > 1 or c != previous:
                 level.resample = nn.Conv2d(previous, c, 3, stride=stride, padding=1)
             down.append(level)
-            first = block(c if i == last else 2 * c, c)  # the deepest level has no decoder below to merge with
-            level = Level([first, *(block(c, c) for _ in range(n - 1))], [None] * (n - 1) + [self._attention(i)])
+            width = c if i == last else 2 * c  # the deepest level merges with no decoder below
+            blocks = [block(width, c), *(block(c, c) for _ in range(n - 1))]
+            level = Level(blocks, [None] * (n - 1) + [self._attention(i)])
             if stride > 1:
                 level.resample = Upsample(c, previous, stride)
             elif c != previous:
@@ -159,7 +167,7 @@ class UNet(nn.Module):
         levels = [*self.down, *([self.middle] if self.middle is not None else []), *self.up]
         return [m for level in levels for m in level.attentions if isinstance(m, Attention2d)]
 
-    # -- forward ---------------------------------------------------------------------------------------------------
+    # -- forward ---------------------------------------------------------------------------------------------
 
     def prepare(self, cond: Conditioning, batch: int) -> Context:
         """Project the conditions and make every attention's token keys and values, once for all steps."""
@@ -181,7 +189,7 @@ class UNet(nn.Module):
 
         h = self.stem(F.pixel_unshuffle(x, self.cfg.patch) if self.cfg.patch > 1 else x)
         skips = [] if self.efficient else [h]
-        for level in self.down:
+        for level in cast(Sequence[Level], self.down):
             if self.efficient and level.resample is not None:
                 h = level.resample(h)
             for block, attention in zip(level.blocks, level.attentions, strict=True):
@@ -200,7 +208,7 @@ class UNet(nn.Module):
         elif self.efficient:
             skips.pop()  # the deepest level's output is h itself
 
-        for i, level in enumerate(self.up):
+        for i, level in enumerate(cast(Sequence[Level], self.up)):
             for j, (block, attention) in enumerate(zip(level.blocks, level.attentions, strict=True)):
                 if not self.efficient or (j == 0 and i > 0):
                     h = torch.cat([h, skips.pop() * self.cfg.skip_scale], dim=1)
@@ -234,7 +242,7 @@ def check(cfg: UNetConfig) -> None:
     if any(cfg.text_attention) and not context_width(cfg):
         raise InputError("unet.text_attention is set, but there are neither text_dims nor image_embed_dim")
     if cfg.layout == "adm" and cfg.strides != (1, *[2] * (levels - 1)):
-        raise InputError(f"unet.strides of the adm layout must be {(1, *[2] * (levels - 1))}, got {cfg.strides}")
+        raise InputError(f"unet.strides {cfg.strides}: the adm layout needs {(1, *[2] * (levels - 1))}")
     for name in ("channels", "blocks", "strides"):
         if min(getattr(cfg, name)) < 1:
             raise InputError(f"unet.{name} {getattr(cfg, name)}: expected positive integers")
@@ -242,12 +250,12 @@ def check(cfg: UNetConfig) -> None:
         if getattr(cfg, name) < 1:
             raise InputError(f"unet.{name} {getattr(cfg, name)}: expected a positive integer")
     if cfg.channels[0] % 2:
-        raise InputError(f"unet.channels starts with {cfg.channels[0]}: expected an even width (time embedding)")
+        raise InputError(f"unet.channels starts with {cfg.channels[0]}: the time embedding needs it even")
     for i, c in enumerate(cfg.channels):
         if (cfg.self_attention[i] or cfg.text_attention[i]) and c % max(1, c // cfg.head_channels):
-            raise InputError(f"unet.head_channels {cfg.head_channels} does not divide width {c} of level {i}")
+            raise InputError(f"unet.head_channels {cfg.head_channels} does not divide level {i}'s width {c}")
     if cfg.pool_projected and not cfg.context_dim:
         raise InputError("unet.pool_projected is set, but there is no context_dim to project the tokens to")
-    for dim in (cfg.context_dim,) if cfg.pool_projected else cfg.text_dims:
+    for dim in (cfg.context_dim or 0,) if cfg.pool_projected else cfg.text_dims:
         if dim % cfg.pool_heads:
             raise InputError(f"unet.pool_heads {cfg.pool_heads} does not divide the pooled text width {dim}")

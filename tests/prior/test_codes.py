@@ -38,14 +38,16 @@ def test_standardizer_keeps_a_constant_dimension(embeds):
 
 
 def test_statistics_are_stored_with_the_weights(embeds):
-    for module in (Standardizer(DIM), PCAQuantizer(DIM, 4, 32)):
-        module.fit(embeds)
-        again = Standardizer(DIM) if isinstance(module, Standardizer) else PCAQuantizer(DIM, 4, 32)
-        again.load_state_dict(module.state_dict())
-        if isinstance(module, PCAQuantizer):
-            assert torch.equal(again.decode(module.encode(embeds)), module.decode(again.encode(embeds)))
-        else:
-            assert torch.equal(again(embeds), module(embeds))
+    standardizer, quantizer = Standardizer(DIM), PCAQuantizer(DIM, 4, 32)
+    standardizer.fit(embeds)
+    quantizer.fit(embeds)
+    same_standardizer, same_quantizer = Standardizer(DIM), PCAQuantizer(DIM, 4, 32)
+    same_standardizer.load_state_dict(standardizer.state_dict())
+    same_quantizer.load_state_dict(quantizer.state_dict())
+    assert torch.equal(same_standardizer(embeds), standardizer(embeds))
+    codes = quantizer.encode(embeds)
+    assert torch.equal(same_quantizer.encode(embeds), codes)
+    assert torch.equal(same_quantizer.decode(codes), quantizer.decode(codes))
 
 
 def test_all_components_lose_half_a_bucket_at_most(embeds):
