@@ -12,8 +12,10 @@ CELL, GAP, TEXT_PX, LINES = 136, 8, 11, 3
 LINE_PX = TEXT_PX + 3
 
 
-def captioned_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Rows of `columns` pictures on white, all brought to CELL px, captions wrapped to at most LINES lines."""
+def captioned_sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 8
+) -> Image.Image:
+    """Rows of `columns` pictures on white, brought to CELL px, captions wrapped to at most LINES lines."""
     font = ImageFont.load_default(TEXT_PX)
     rows = -(-len(pictures) // columns)
     step_x, step_y = CELL + GAP, CELL + LINES * LINE_PX + GAP

@@ -105,7 +105,6 @@ class CLIP(nn.Module):
         if not self._vision_built:
             self._build_vision()
 
-    @torch.compiler.disable()
     def _build_vision(self) -> None:
         from open_clip.transformer import VisionTransformer
 

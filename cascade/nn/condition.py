@@ -20,9 +20,9 @@ class TextInput(nn.Module):
 
     def __init__(self, dim: int, cfg: UNetConfig, emb_dim: int) -> None:
         super().__init__()
-        context = cfg.context_dim or dim
-        project = cfg.context_dim and (any(cfg.text_attention) or cfg.pool_projected)
-        self.project = nn.Linear(dim, context) if project else nn.Identity()
+        used = any(cfg.text_attention) or cfg.pool_projected
+        context = cfg.context_dim if cfg.context_dim and used else dim
+        self.project = nn.Linear(dim, context) if cfg.context_dim and used else nn.Identity()
         self.pool_projected = cfg.pool_projected
         pool_dim = context if cfg.pool_projected else dim
         self.pool_norm = nn.LayerNorm(pool_dim)
@@ -120,12 +120,8 @@ class ConditionEncoder(nn.Module):
             if cond.aug_level is None:
                 raise InputError("a super-resolution network needs aug_level, got none")
             vectors.append(self.aug(1000 * cond.aug_level))
-        context = torch.cat(contexts, dim=1) if contexts else None
-        return (
-            context,
-            torch.cat(masks, dim=1) if masks else None,
-            reduce(torch.add, vectors) if vectors else None,
-        )
+        context, mask = (torch.cat(parts, dim=1) if parts else None for parts in (contexts, masks))
+        return context, mask, reduce(torch.add, vectors) if vectors else None
 
 
 def context_width(cfg: UNetConfig) -> int:
