@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from cascade.nn.layers import norm2d, zero_init
@@ -22,8 +23,7 @@ def extend_mask(mask: Tensor, before: int = 0, after: int = 0) -> Tensor:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """B N (h d) -> B h N d."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
 class Attention2d(nn.Module):
@@ -59,8 +59,8 @@ class Attention2d(nn.Module):
 
     def forward(self, x: Tensor, context_kv: Tensor | None, mask: Tensor | None) -> Tensor:
         """x: B C H W; context_kv: B L 2C; mask: B L, True at tokens that may be attended to."""
-        b, c, height, width = x.shape
-        h = self.norm(x).flatten(2).transpose(1, 2)  # B HW C
+        height, width = x.shape[-2:]
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q = self.q(h)
         parts = []
         if context_kv is not None:
@@ -75,8 +75,8 @@ class Attention2d(nn.Module):
         h = F.scaled_dot_product_attention(
             *(split_heads(part, self.heads) for part in (q, k, v)), attn_mask=attend
         )
-        h = self.out(h.transpose(1, 2).flatten(2))  # B HW C
-        return x + h.transpose(1, 2).reshape(b, c, height, width)
+        h = self.out(rearrange(h, "b heads n d -> b n (heads d)"))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=height)
 
 
 class AttentionPool(nn.Module):
@@ -101,4 +101,5 @@ class AttentionPool(nn.Module):
         attend = extend_mask(mask, before=1)[:, None, None, :]
         q = split_heads(self.q(first), self.heads)
         k, v = (split_heads(project(states), self.heads) for project in (self.k, self.v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend).transpose(1, 2).flatten(1)
+        pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)  # B h 1 d
+        return pooled.flatten(1)
