@@ -42,8 +42,8 @@ class DiffusionConfig:
 
     prediction: Prediction = "v"
     schedule: ScheduleConfig = ScheduleConfig()
-    weighting: Literal["none", "min_snr", "soft_min_snr", "sigmoid"] = "min_snr"
-    weighting_param: float = 5.0  # gamma of min-SNR and soft-min-SNR, b of sigmoid
+    weighting: Literal["none", "min_snr", "clamped_snr", "soft_min_snr", "sigmoid"] = "min_snr"
+    weighting_param: float = 5.0  # gamma of the SNR weightings, b of sigmoid
     learned_variance: bool = False  # 2C outputs, hybrid loss (arXiv:2102.09672)
     sigma_data: float = 0.5  # EDM preconditioning only
 

@@ -246,26 +246,31 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     counts = arguments.sr_count + arguments.sr_count[-1:] * len(stages)
     enlarged = dict(zip(stages, counts, strict=False)) if "sr" in arguments.parts else {}
     pictures = {name: draw(records, "heldout", count, seed) for name, count in enlarged.items()}
+    prompts = (
+        [record.text for record in draw(records, "train", 1, seed)] if "speed" in arguments.parts else []
+    )
     report: dict[str, Any] = {"model": arguments.model, "data": str(arguments.data), "seed": seed}
     report |= environment(pipe)
     if captions:
         report["match"] = match(pipe, captions, seed, arguments.out)
     if pictures:
         report["sr"] = super_resolution(pipe, pictures, seed)
-    if "speed" in arguments.parts:
-        report["speed"] = speed(pipe, folder, draw(records, "train", 1, seed)[0].text, seed)
+    if prompts:
+        report["speed"] = speed(pipe, folder, prompts[0], seed)
     return report
 
 
 def environment(pipe: Cascade) -> dict[str, Any]:
     """What figures depend on beside the model: code, hardware, number format."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    describe = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        commit = "unknown"
     stage: Stage = next(iter(pipe.stages.values()))
     cuda = pipe.device.type == "cuda"
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -59,7 +59,7 @@ def fit(recipe: Recipe, stage: str, out: Path, *, dry_run: bool = False, smoke: 
     )
     model, optimizer = accelerator.prepare(task, optimizer)
     ema = EMA(task.network, cfg.ema)
-    identity = {"stage": stage, "network": task.config(), "batch": cfg.batch, "seed": recipe.seed}
+    identity = {"stage": stage, "network": task.identity(), "batch": cfg.batch, "seed": recipe.seed}
     counters, resumed, notes = load_state(folder, task.network, ema, optimizer.optimizer, identity)
     for note in notes:
         console.print(f"passed over {note}")
@@ -73,7 +73,8 @@ def fit(recipe: Recipe, stage: str, out: Path, *, dry_run: bool = False, smoke: 
     )
     # batches are already keyed by step and cut by rank, so the loader needs neither sampler state nor sharding
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(first, steps), num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None
+        batches, batch_size=None, sampler=range(first, steps), num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
+        worker_init_fn=ignore_signals,
     )
     log = Log(folder / "log.jsonl", console, accelerator, stage, 3 * flops)
     stop = StopSignal()
@@ -112,6 +113,12 @@ def fit(recipe: Recipe, stage: str, out: Path, *, dry_run: bool = False, smoke: 
     if stop.received:
         raise KeyboardInterrupt
     return out / stage
+
+
+def ignore_signals(_: int) -> None:
+    """A signal to the process group must not kill the workers before the last state is saved."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def crossed(before: int, after: int, every: int) -> bool:

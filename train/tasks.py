@@ -43,7 +43,11 @@ class Task(nn.Module):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The network's configuration: what identifies a training state, and what config.json holds."""
+        """What config.json holds."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a training state must agree with to be resumed."""
+        return self.config()
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor: ...
@@ -123,6 +127,10 @@ class StageTask(Task):
 
     def config(self) -> dict[str, Any]:
         return to_dict(self.cfg)
+
+    def identity(self) -> dict[str, Any]:
+        """The network and what it predicts; weighting and sampling settings may change between sessions."""
+        return {"unet": to_dict(self.cfg.unet), "prediction": self.cfg.diffusion.prediction}
 
     def forward(self, batch: Batch) -> Tensor:
         lowres = None
@@ -211,7 +219,7 @@ def assemble(recipe: Recipe, out: Path) -> Path:
             stage = Stage(part.stage)  # sampling defaults are the recipe's of today
             load_tensors(stage.unet, component.tensors, out / name)
             stages[name] = stage
-    model = Cascade(stages, load_text_encoder(recipe.text), load_prior(out), load_clip(out))
+    model = Cascade(stages.values(), load_text_encoder(recipe.text), load_prior(out), load_clip(out))
     folder = out / "model"
     model.save_pretrained(folder, dtype=torch.bfloat16)
     return folder

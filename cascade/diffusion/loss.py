@@ -41,6 +41,9 @@ def loss_weight(logsnr: Tensor, config: DiffusionConfig, schedule: Schedule | No
 
     none           1 in the predicted space
     min_snr        min(SNR, gamma) on the error of x_0 (Hang et al. 2023, arXiv:2303.09556)
+    clamped_snr    SNR clamped to [1, gamma] on the error of x_0: the truncated SNR of Salimans & Ho 2022
+                   (arXiv:2202.00512, section 4), which keeps the noisiest levels, where a picture's layout is
+                   decided, under the upper bound of min-SNR
     soft_min_snr   SNR gamma / (SNR + gamma) on the error of x_0 (HDiT, arXiv:2401.11605, where gamma = 4)
     sigmoid        sigmoid(b - logsnr) on the error of eps, times -d logsnr / dt so that the loss does not
                    depend on the schedule it is sampled with (SiD2, arXiv:2410.19324; VDM++, arXiv:2303.00848)
@@ -51,13 +54,15 @@ def loss_weight(logsnr: Tensor, config: DiffusionConfig, schedule: Schedule | No
     snr = logsnr.exp()
     if config.weighting == "min_snr":
         weight = snr.clamp(max=param)
+    elif config.weighting == "clamped_snr":
+        weight = snr.clamp(min=1.0, max=param)
     elif config.weighting == "soft_min_snr":
         weight = snr * param / (snr + param)
     elif config.weighting == "sigmoid":
         slope = (schedule or make_schedule(config.schedule)).slope(logsnr)
         weight = slope * math.exp(param) * (logsnr - param).sigmoid()  # SNR sigmoid(b - logsnr)
     else:
-        raise unknown("weighting", config.weighting, ["none", "min_snr", "soft_min_snr", "sigmoid"])
+        raise unknown("weighting", config.weighting, ["none", "min_snr", "clamped_snr", "soft_min_snr", "sigmoid"])
     return (weight * x0_error_ratio(logsnr, config)).float()
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFont
 from torch import Tensor
 
-from cascade import Cascade, Stage, TextEmbedding, cli
+from cascade import Cascade, Stage, TextEmbedding, cli, random
 from cascade.errors import InputError
 from cascade.images import save_png, to_pil
 from eval import quality, sheet
@@ -207,6 +207,7 @@ def test_match_counts_what_the_clip_recognises(
     assert report["heldout"]["drawn"] == {"hits": 5, "count": 6, "share": 5 / 6, "low": low, "high": high}
     listed = report["heldout"]["pictures"]
     assert [row["caption"] for row in listed] == [r.text for r in chosen["heldout"]]
+    assert [row["seed"] for row in listed] == [random.key(0, r.text, 0) for r in chosen["heldout"]]
     assert [row["rank"] > 0 for row in listed] == [False, True, False, False, False, False]
     for split in chosen:
         assert (data_folder / report[split]["sheet"]).name == f"report-{split}.png"

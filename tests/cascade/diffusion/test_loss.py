@@ -14,7 +14,7 @@ from cascade.diffusion.schedule import DiscreteSchedule
 from cascade.errors import InputError
 
 LOGSNRS = torch.linspace(-12, 12, 25, dtype=torch.float64)
-WEIGHTINGS = [("min_snr", 5.0), ("soft_min_snr", 4.0), ("sigmoid", -1.0)]
+WEIGHTINGS = [("min_snr", 5.0), ("clamped_snr", 5.0), ("soft_min_snr", 4.0), ("sigmoid", -1.0)]
 
 
 class Affine(nn.Module):
