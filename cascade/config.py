@@ -108,6 +108,7 @@ class UNetConfig:
     image_embed_scale: float = 1.0  # sqrt(dim) brings a unit-norm embedding to unit variance
     image_tokens: int = 4  # tokens made of the image embedding (unCLIP 2.1)
     lowres_channels: int = 0  # 3 in a super-resolution stage
+    position_grid: int = 0  # side of the first level's learned position map; 0: none, positions come from padding
     dropout: float = 0.0
 
 

@@ -15,8 +15,8 @@ from cascade.nn.layers import norm2d, zero_init
 def extend_mask(mask: Tensor, before: int = 0, after: int = 0) -> Tensor:
     """B L to B before+L+after, True at the new places.
 
-    By index, not by padding: torch 2.15's compiler reads before the start of a padded boolean tensor on the CPU
-    and crashes when that address is not mapped."""
+    By index, not by padding: torch 2.15's compiler reads before the start of a padded boolean tensor on the
+    CPU, and crashes when that address is not mapped."""
     length = mask.shape[1]
     place = torch.arange(-before, length + after, device=mask.device)
     return mask[:, place.clamp(0, length - 1)] | (place < 0) | (place >= length)

@@ -32,7 +32,7 @@ def config(layout: str = "efficient", **changes: Any) -> UNetConfig:
 
 
 def network(layout: str = "efficient", seed: int = 0, **changes: Any) -> UNet:
-    """A network whose zero-initialised layers are drawn at random, so that every input shows in the output."""
+    """A network whose zero-initialised layers are drawn at random: every input shows in the output."""
     torch.manual_seed(seed)
     net = UNet(config(layout, **changes))
     for parameter in net.parameters():

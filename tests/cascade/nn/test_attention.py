@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.nn.attention import Attention2d, AttentionPool
+from cascade.nn.attention import Attention2d, AttentionPool, extend_mask
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int) -> Tensor:
@@ -62,6 +62,13 @@ def test_attention_starts_as_the_identity() -> None:
     layer = Attention2d(16, 8, "group", self_attention=True, context_dim=6)
     x = torch.randn(2, 16, 3, 4)
     assert torch.equal(layer(x, layer.context_kv(torch.randn(2, 5, 6)), None), x)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (0, 7), (2, 3)])
+def test_a_mask_is_extended_by_true(before: int, after: int) -> None:
+    mask = torch.tensor([[True, False, False], [False, True, False]])
+    expected = torch.nn.functional.pad(mask, (before, after), value=True)
+    assert torch.equal(extend_mask(mask, before, after), expected)
 
 
 def test_a_width_below_one_head_is_one_head() -> None:

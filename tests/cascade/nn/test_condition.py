@@ -31,7 +31,12 @@ def two_texts(batch: int) -> TextEmbedding:
 
 @pytest.mark.parametrize(
     ("changes", "width"),
-    [({}, WIDTH), ({"context_dim": 28}, 28), ({"text_dims": ()}, 32), ({"text_attention": (False, False)}, 0)],
+    [
+        ({}, WIDTH),
+        ({"context_dim": 28}, 28),
+        ({"text_dims": ()}, 32),
+        ({"text_attention": (False, False)}, 0),
+    ],
 )
 def test_context_width(changes: dict[str, Any], width: int) -> None:
     assert context_width(config(**changes)) == width
@@ -86,9 +91,7 @@ def test_a_dropped_text_does_not_show() -> None:
 
 def test_image_embedding_is_scaled() -> None:
     net, cond = encoder(image_embed_scale=4.0), conditions(2, text=None)
-    torch.testing.assert_close(
-        net(cond, 2)[0], encoder()(cond.with_(image_embed=4 * cond.image_embed), 2)[0]
-    )
+    torch.testing.assert_close(net(cond, 2)[0], encoder()(cond.with_(image_embed=4 * cond.image_embed), 2)[0])
 
 
 def test_aug_level_enters_the_vector_in_thousandths() -> None:

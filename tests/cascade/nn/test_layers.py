@@ -61,9 +61,7 @@ def test_upsample_repeats_pixels_then_convolves() -> None:
 @pytest.mark.parametrize("resample", ["none", "down", "up"])
 @pytest.mark.parametrize("out_channels", [8, 12])
 def test_res_block_starts_as_its_shortcut(resample, out_channels: int) -> None:
-    block = ResBlock(
-        8, out_channels, 6, norm="group", act="silu", dropout=0.0, scale=0.5, resample=resample
-    )
+    block = ResBlock(8, out_channels, 6, norm="group", act="silu", dropout=0.0, scale=0.5, resample=resample)
     x = torch.randn(2, 8, 4, 4)
     resized = {"none": x, "down": F.avg_pool2d(x, 2), "up": F.interpolate(x, scale_factor=2.0)}[resample]
     torch.testing.assert_close(block(x, torch.randn(2, 6)), 0.5 * block.shortcut(resized))

@@ -154,7 +154,9 @@ def test_a_row_does_not_depend_on_its_batch(net: UNet) -> None:
     out = net(x, time, cond)
     for row in range(4):
         part = slice(row, row + 1)
-        torch.testing.assert_close(net(x[part], time[part], rows(cond, part)), out[part], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            net(x[part], time[part], rows(cond, part)), out[part], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
