@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from email import message_from_bytes
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def imported(folder: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
     """Built from a copy by the installed setuptools: no network, and nothing left in the tree."""
     pytest.importorskip("setuptools", minversion="77")
     tree = tmp_path_factory.mktemp("tree")
@@ -91,7 +91,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
     run = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    return zipfile.ZipFile(tree / "dist" / run.stdout.split()[-1])
+    with zipfile.ZipFile(tree / "dist" / run.stdout.split()[-1]) as archive:
+        yield archive
 
 
 def metadata(wheel: zipfile.ZipFile, file: str) -> bytes:

@@ -47,11 +47,15 @@ class PictureSet:
         return [r["text"], f"{', '.join([r['label'], *tags])}, {r['style']} style", r["label"]]
 
     def epoch(self, seed: int, number: int) -> np.ndarray:
-        """The samples of one epoch in their order: every plain picture, and the toned ones whose turn it is."""
-        period = self.cfg.toned_period
-        chosen = [i for i in self.train if self.records[i]["tone"] is None or (random.key(0, i) + number) % period == 0]
+        """The samples of one epoch in their order. A picture of period p takes part in one epoch of p."""
+        chosen = [i for i in self.train if (random.key(0, i) + number) % self.period(i) == 0]
         order = torch.randperm(len(chosen), generator=random.generator(seed, "epoch", number))
         return np.asarray(chosen)[order.numpy()]
+
+    def period(self, index: int) -> int:
+        record = self.records[index]
+        toned = self.cfg.toned_period if record["tone"] is not None else 1
+        return toned * self.cfg.style_period.get(record["style"], 1)
 
     def order(self, seed: int) -> Order:
         return Order(self, seed)

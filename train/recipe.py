@@ -23,6 +23,7 @@ class DataConfig:
     folder: str = "data/emoji"
     styles: tuple[str, ...] = ("noto", "twemoji", "fluent")
     toned_period: int = 5  # a skin-toned variant takes part in one epoch of this many
+    style_period: dict[str, int] = field(default_factory=dict)  # likewise for the pictures of a style; default 1
     caption_weights: tuple[float, float, float] = (0.7, 0.2, 0.1)  # label + style; label + tags + style; label
 
 
