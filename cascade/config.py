@@ -5,6 +5,7 @@ Unknown keys, missing keys and wrong types raise `InputError` with the full path
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -238,7 +239,7 @@ def override(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """A copy of nested `data` with each setting `a.b=value` (value read as YAML) put in its place.
 
     A new key may be set (strict reading follows), but a path may not run through a scalar."""
-    result = json.loads(json.dumps(data))
+    result = copy.deepcopy(data)
     for setting in settings:
         path, separator, text = setting.partition("=")
         if not separator or not path:
@@ -249,5 +250,8 @@ def override(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise InputError(f"setting {setting!r}: {parent!r} is not a mapping")
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+            raise InputError(f"setting {setting!r}: {str(error).splitlines()[0]}") from None
     return result

@@ -1,12 +1,21 @@
-"""One picture of many, each with a caption under it."""
+"""One picture of many, each with a caption under it.
+
+`python -m eval.sheet MODEL PROMPT... --out sheet.png` draws prompts through the whole cascade; @FILE reads a prompt a line.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 from PIL.ImageFont import ImageFont as BitmapFont
+
+from cascade import Cascade, InputError
+from cascade.images import save_png
 
 CELL, GAP, TEXT_PX, LINES = 136, 8, 11, 3
 LINE_PX = TEXT_PX + 3
@@ -48,3 +57,23 @@ def _shorten(line: str, font: FreeTypeFont | BitmapFont) -> str:
     while font.getlength(line) > CELL:
         line = f"{line.removesuffix('...')[:-1]}..."
     return line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="eval.sheet", description=__doc__, fromfile_prefix_chars="@")
+    parser.add_argument("model", help="a model folder or a hub id")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("sheet.png"))
+    arguments = parser.parse_args(argv)
+    try:
+        pictures = Cascade.from_pretrained(arguments.model)(arguments.prompts, seed=arguments.seed).images
+        save_png(captioned_sheet(pictures, arguments.prompts), arguments.out)
+    except InputError as error:
+        print(f"eval.sheet: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,13 +17,23 @@ from train.data import PictureSet, TextStore
 from train.recipe import Recipe, StageRecipe
 
 Batch = dict[str, Tensor]
+CACHED_PX = 256  # larger pictures are decoded one by one: all of them would fit neither memory nor disk
 CROP_CANDIDATES = 2  # of which the crop with more contrast is kept: much of a drawing is flat
 
 
 class Batches(Dataset[Batch]):
     """Item k is this process's share of step k. `make(positions, seeds)` builds it."""
 
-    def __init__(self, make: Callable[[list[int], list[int]], Batch], batch: int, rank: int, world: int, seed: int, stage: str, steps: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[list[int], list[int]], Batch],
+        batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        stage: str,
+        steps: int,
+    ) -> None:
         self._make, self._batch, self._rank, self._world = make, batch, rank, world
         self._seed, self._stage, self._steps = seed, stage, steps
 
@@ -48,19 +58,27 @@ class Maker:
         return [self.order[p // self.train.crops_per_picture] for p in positions]
 
     def captions(self, samples: list[int], seeds: list[int]) -> Batch:
-        """A caption form a sample, by `caption_weights`."""
+        """A caption form a sample, by `caption_weights`: states0, mask0, states1, ... by token sequence."""
         edges = np.cumsum(self.recipe.data.caption_weights)
         draws = random.uniform(seeds, "caption")[:, 0].numpy() * edges[-1]
-        forms = np.searchsorted(edges, draws, side="right")
-        tokens = self.text([3 * s + int(f) for s, f in zip(samples, forms, strict=True)]).sequences[0]
-        return {"states": tokens.states, "mask": tokens.mask}
+        forms = np.searchsorted(edges[:-1], draws, side="right")
+        text = self.text([3 * s + int(f) for s, f in zip(samples, forms, strict=True)])
+        batch: Batch = {}
+        for i, tokens in enumerate(text.sequences):
+            batch |= {f"states{i}": tokens.states, f"mask{i}": tokens.mask}
+        return batch
 
     def keep(self, seeds: list[int]) -> Batch:
-        draws = random.uniform(seeds, "drop", count=2)  # B 2
-        return {"keep_text": draws[:, 0] >= self.train.text_drop, "keep_image": draws[:, 1] >= self.train.image_drop}
+        """What each sample is still told: `keep_text` B S, a column a token sequence; `keep_image` B."""
+        first, image = random.uniform(seeds, "drop", count=2).unbind(1)  # B, B
+        others = [random.uniform(seeds, "drop", i)[:, 0] for i in range(1, len(self.text.dims))]
+        return {
+            "keep_text": torch.stack([first, *others], dim=1) >= self.train.text_drop,
+            "keep_image": image >= self.train.image_drop,
+        }
 
     def times(self, positions: list[int], seeds: list[int]) -> Tensor:
-        """Times stratified over the global batch, (i + u) / B, float64: this lowers the variance of the loss."""
+        """Times stratified over the global batch, (i + u) / B, float64: less variance of the loss."""
         stratum = torch.tensor([p % self.train.batch for p in positions], dtype=torch.float64)
         return (stratum + random.uniform(seeds, "time")[:, 0]) / self.train.batch
 
@@ -69,8 +87,9 @@ class ClipMaker(Maker):
     def __init__(self, recipe: Recipe, pictures: PictureSet, text: TextStore) -> None:
         super().__init__(recipe, "clip", pictures, text)
         self.images = pictures.pixels(recipe.clip.model.image_px)
-        names = {label: i for i, label in enumerate(sorted({r["label"] for r in pictures.records}))}
-        self.groups = [names[r["label"]] * 8 + recipe.data.styles.index(r["style"]) for r in pictures.records]
+        # the same label in the same style is the same caption
+        numbers: dict[tuple[str, str], int] = {}
+        self.groups = [numbers.setdefault((r["label"], r["style"]), len(numbers)) for r in pictures.records]
 
     def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
         samples = self.samples(positions)
@@ -78,7 +97,8 @@ class ClipMaker(Maker):
         # shifts of up to 3 px: a tower with few pictures otherwise learns their pixels by heart
         moves = (random.uniform(seeds, "shift", count=2) * 7).long() - 3
         x = torch.stack([torch.roll(row, tuple(m.tolist()), (1, 2)) for row, m in zip(x, moves, strict=True)])
-        return {"x": x, "group": torch.tensor([self.groups[s] for s in samples]), **self.captions(samples, seeds)}
+        group = torch.tensor([self.groups[s] for s in samples])
+        return {"x": x, "group": group, **self.captions(samples, seeds)}
 
 
 class PriorMaker(Maker):
@@ -105,8 +125,7 @@ class StageMaker(Maker):
         part = recipe.of(stage)
         assert isinstance(part, StageRecipe)
         self.cfg, self.embeds = part.stage, embeds
-        # pictures at full size are decoded one by one: all of them would not fit into memory
-        self.images = pictures.pixels(self.cfg.image_px) if self.cfg.image_px <= 256 else None
+        self.images = pictures.pixels(self.cfg.image_px) if self.cfg.image_px <= CACHED_PX else None
 
     def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
         samples = self.samples(positions)
@@ -128,17 +147,22 @@ class StageMaker(Maker):
         return batch
 
     def _pictures(self, samples: list[int], seeds: list[int]) -> Tensor:
-        crop = self.train.crop_px
-        if crop is None:
-            assert self.images is not None
+        crop, px = self.train.crop_px, self.cfg.image_px
+        if crop is None and self.images is not None:
             return pixels(self.images, samples)
+        multiple = px // (self.cfg.lowres_px or px)
         rows, decoded = [], {}
         for sample, seed in zip(samples, seeds, strict=True):
             if sample not in decoded:
-                full = self.pictures.picture(sample) if self.images is None else to_chw(self.images[sample])
-                decoded = {sample: full}  # the crops of a picture are neighbours
-            rows.append(best_crop(decoded[sample], crop, self.cfg.image_px // (self.cfg.lowres_px or 1), seed))
+                decoded = {sample: self._picture(sample, px)}  # the crops of a picture are neighbours
+            picture = decoded[sample]
+            rows.append(picture if crop is None else best_crop(picture, crop, multiple, seed))
         return from_uint8(torch.stack(rows))
+
+    def _picture(self, sample: int, px: int) -> Tensor:
+        if self.images is None:
+            return self.pictures.resized(sample, px)
+        return torch.from_numpy(np.ascontiguousarray(self.images[sample].transpose(2, 0, 1)))
 
 
 def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:
@@ -155,10 +179,6 @@ def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:
     return best
 
 
-def to_chw(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-
-
 def pixels(images: np.ndarray, samples: list[int]) -> Tensor:
     """Rows of a pixel cache as B 3 H W in [-1, 1]."""
     rows = torch.from_numpy(np.stack([images[s] for s in samples]))
@@ -166,7 +186,10 @@ def pixels(images: np.ndarray, samples: list[int]) -> Tensor:
 
 
 def text_of(batch: Batch) -> TextEmbedding | None:
-    return TextEmbedding((Tokens(batch["states"], batch["mask"]),)) if "states" in batch else None
+    """The batch's captions, all token sequences of them."""
+    count = sum(name.startswith("states") for name in batch)
+    sequences = tuple(Tokens(batch[f"states{i}"], batch[f"mask{i}"]) for i in range(count))
+    return TextEmbedding(sequences) if sequences else None
 
 
 def conditioning_of(batch: Batch, lowres: Tensor | None) -> Conditioning:
@@ -177,6 +200,6 @@ def conditioning_of(batch: Batch, lowres: Tensor | None) -> Conditioning:
         image_embed=batch.get("image_embed"),
         lowres=lowres,
         aug_level=batch.get("aug_level"),
-        text_keep=batch["keep_text"][:, None] if text is not None else None,
+        text_keep=batch["keep_text"] if text is not None else None,
         image_keep=batch["keep_image"] if "image_embed" in batch else None,
     )

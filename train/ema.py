@@ -21,7 +21,8 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = [p.float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        # one kernel for all tensors
+        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged network, under the network's own names."""

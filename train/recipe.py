@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cascade.config import StageConfig, from_dict, override, read_mapping
 from cascade.errors import InputError, unknown
+from cascade.nn.unet import check as check_unet
+from cascade.stage import resolve_settings
 from prior.clip import ClipConfig
 from prior.diffusion import PriorConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-ORDER = ("clip", "prior", "base", "sr256", "sr1024")  # of training; each needs the ones its conditions come from
+ORDER = ("clip", "prior", "base", "sr256", "sr1024")  # of training: later ones build on earlier ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +26,23 @@ class DataConfig:
     folder: str = "data/emoji"
     styles: tuple[str, ...] = ("noto", "twemoji", "fluent")
     toned_period: int = 5  # a skin-toned variant takes part in one epoch of this many
-    style_period: dict[str, int] = field(default_factory=dict)  # likewise for the pictures of a style; default 1
-    caption_weights: tuple[float, float, float] = (0.7, 0.2, 0.1)  # label + style; label + tags + style; label
+    # likewise for the pictures of a style; default 1
+    style_period: dict[str, int] = field(default_factory=dict)
+    # of the forms: label + style; label + tags + style; label
+    caption_weights: tuple[float, float, float] = (0.7, 0.2, 0.1)
+
+    def __post_init__(self) -> None:
+        if not self.styles or len(set(self.styles)) != len(self.styles):
+            raise ValueError(f"styles {list(self.styles)}: expected at least one, each once")
+        if self.toned_period < 1:
+            raise ValueError(f"toned_period {self.toned_period}: expected an integer of at least 1")
+        for style, period in self.style_period.items():
+            if style not in self.styles:
+                raise unknown("style", style, self.styles, where="data.style_period")
+            if period < 1:
+                raise ValueError(f"style_period of {style} {period}: expected an integer of at least 1")
+        if min(self.caption_weights) < 0 or not 0 < sum(self.caption_weights) < math.inf:
+            raise ValueError(f"caption_weights {list(self.caption_weights)}: expected none below 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +68,25 @@ class TrainConfig:
     log_images: int = 5_000
     save_images: int = 50_000
     grid_images: int = 50_000
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "crops_per_picture", "log_images", "save_images", "grid_images"):
+            self._expect(name, getattr(self, name) >= 1, "an integer of at least 1")
+        for name in ("warmup_images", "cooldown_images", "workers"):
+            self._expect(name, getattr(self, name) >= 0, "an integer of at least 0")
+        self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
+        self._expect("grad_clip", self.grad_clip > 0, "a number above 0, or inf")
+        for name in ("ema", "text_drop", "image_drop"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "numbers from 0 to below 1")
+        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        self._expect("crop_px", self.crop_px is None or self.crop_px >= 1, "an integer above 0, or null")
+        multiple = self.batch % self.crops_per_picture == 0
+        self._expect("batch", multiple, f"a multiple of crops_per_picture, {self.crops_per_picture}")
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} {getattr(self, name)!r}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +123,10 @@ class Recipe:
     sr256: StageRecipe
     sr1024: StageRecipe
 
+    def __post_init__(self) -> None:
+        if not self.grid_prompts:
+            raise ValueError("grid_prompts is empty: expected at least one prompt")
+
     def of(self, stage: str) -> ClipRecipe | PriorRecipe | StageRecipe:
         if stage not in ORDER:
             raise unknown("stage", stage, ORDER)
@@ -93,30 +134,55 @@ class Recipe:
 
 
 def load_recipe(source: str, settings: list[str] | None = None) -> Recipe:
-    """Read a recipe by name (train/recipes/NAME.yaml) or path, with `a.b=c` settings on top."""
+    """Read a recipe by name (train/recipes/NAME.yaml) or path, with `a.b=c` settings on top.
+
+    Raises InputError for a recipe that is not there, an unknown key (with the nearest), a value out of range,
+    and stages that do not fit each other."""
     path = Path(source)
     if not path.suffix:
         path = RECIPES / f"{source}.yaml"
         if not path.exists():
             raise unknown("recipe", source, sorted(p.stem for p in RECIPES.glob("*.yaml")))
     recipe = from_dict(Recipe, override(read_mapping(path), settings or []), where="recipe")
-    for stage in ORDER:
-        _check(stage, recipe)
+    width = recipe.clip.model.embed_dim
+    if recipe.prior.model.embed_dim != width:
+        found = recipe.prior.model.embed_dim
+        raise InputError(f"recipe.prior.model.embed_dim {found}: expected clip.model.embed_dim, {width}")
+    below = None
+    for name in ("base", "sr256", "sr1024"):
+        part = recipe.of(name)
+        assert isinstance(part, StageRecipe)
+        _check_stage(f"recipe.{name}", name, part, width, below)
+        below = part.stage
     return recipe
 
 
-def _check(stage: str, recipe: Recipe) -> None:
-    train = recipe.of(stage).train
-    where = f"recipe.{stage}"
-    if train.batch % train.crops_per_picture:
-        raise InputError(f"{where}.train.batch {train.batch} is not a multiple of crops_per_picture {train.crops_per_picture}")
-    part = recipe.of(stage)
-    if isinstance(part, StageRecipe):
-        cfg = part.stage
-        if cfg.name != stage:
-            raise InputError(f"{where}.stage.name is {cfg.name!r}: expected {stage!r}")
-        embed = cfg.unet.image_embed_dim
-        if embed is not None and embed != recipe.clip.model.embed_dim:
-            raise InputError(f"{where}: image_embed_dim {embed} differs from clip.model.embed_dim {recipe.clip.model.embed_dim}")
-        if cfg.lowres_px and (train.crop_px or cfg.image_px) % (cfg.image_px // cfg.lowres_px):
-            raise InputError(f"{where}.train.crop_px must be a multiple of {cfg.image_px // cfg.lowres_px}")
+def _check_stage(where: str, name: str, part: StageRecipe, embed_dim: int, below: StageConfig | None) -> None:
+    """Refuse a stage that does not fit the CLIP or the stage `below` it (None: it is the first)."""
+    cfg, unet, crop = part.stage, part.stage.unet, part.train.crop_px
+
+    def expect(key: str, found: object, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{where}.{key} {found!r}: expected {expected}")
+
+    check_unet(unet)
+    resolve_settings(cfg, {})
+    expect("stage.name", cfg.name, cfg.name == name, repr(name))
+    dim = unet.image_embed_dim
+    expect("stage.unet.image_embed_dim", dim, dim in (None, embed_dim), f"clip.model.embed_dim, {embed_dim}")
+    size, side, factor, channels = unet.patch * math.prod(unet.strides), crop or cfg.image_px, 1, 0
+    expect("stage.image_px", cfg.image_px, cfg.image_px % size == 0, f"a multiple of patch x strides, {size}")
+    if below is None:
+        expect("stage.lowres_px", cfg.lowres_px, cfg.lowres_px is None, "null in the first stage")
+    else:
+        given, lowres = cfg.lowres_px, below.image_px
+        expect("stage.lowres_px", given, given == lowres, f"image_px of {below.name}, {lowres}")
+        expect("stage.augment", None, cfg.augment is not None, "a mapping, {} for the defaults")
+        whole = cfg.image_px > lowres and cfg.image_px % lowres == 0
+        expect("stage.image_px", cfg.image_px, whole, f"a multiple of lowres_px, {lowres}")
+        factor, channels = cfg.image_px // lowres, 3
+    found = unet.lowres_channels
+    expect("stage.unet.lowres_channels", found, found == channels, f"{channels} in this stage")
+    step = math.lcm(size, factor)
+    fits = side <= cfg.image_px and side % step == 0
+    expect("train.crop_px", crop, fits, f"a multiple of {step}, at most image_px {cfg.image_px}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional as differentiable
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,22 +16,25 @@ from torch import Tensor, nn
 from cascade import Cascade, Stage
 from cascade.augment import condition_lowres
 from cascade.checkpoint import load_component, load_tensors, save_component
+from cascade.conditioning import TextEmbedding
 from cascade.config import from_dict, to_dict
 from cascade.diffusion import diffusion_loss
 from cascade.errors import InputError
-from cascade.images import downsample, from_pil, to_pil
+from cascade.images import downsample, from_uint8, to_pil
 from cascade.text import load_text_encoder
-from prior.clip import CLIP, ClipConfig
+from prior.clip import CLIP, MAX_LOGIT_SCALE, ClipConfig, contrastive_loss
 from prior.diffusion import DiffusionPrior, PriorConfig
 from train.batches import Batch, ClipMaker, PriorMaker, StageMaker, conditioning_of, pixels, text_of
 from train.data import PictureSet, TextStore
 from train.recipe import Recipe, StageRecipe
 
 EMBEDS = "image_embeds.safetensors"
+PRIOR_SAMPLING = ("sampler", "steps", "eta", "guidance", "best_of", "clamp")  # keys of PriorConfig
 
 
 class Task(nn.Module):
-    """One stage's training. `network` is what is optimised, averaged and saved; `forward(batch)` gives B losses."""
+    """One stage's training. `network` is what is optimised, averaged and saved; `forward(batch)` gives the
+    losses of the batch's samples."""
 
     def __init__(self, recipe: Recipe, out: Path, name: str) -> None:
         super().__init__()
@@ -40,6 +44,7 @@ class Task(nn.Module):
 
     network: nn.Module
     make: Callable[[list[int], list[int]], Batch]
+    processes: int = 1  # over which a batch is spread
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -68,7 +73,9 @@ class Task(nn.Module):
 class ClipTask(Task):
     def __init__(self, recipe: Recipe, out: Path) -> None:
         super().__init__(recipe, out, "clip")
-        self.network = CLIP(recipe.clip.model)
+        cfg = recipe.clip.model
+        check_width("clip.model.text_dim", cfg.text_dim, self.text.dims, cfg.text_sequence)
+        self.network = CLIP(cfg)
         self.network.build_vision()
         self.make = ClipMaker(recipe, self.pictures, self.text)
 
@@ -76,9 +83,24 @@ class ClipTask(Task):
         return to_dict(self.recipe.clip.model)
 
     def forward(self, batch: Batch) -> Tensor:
+        """One number for the whole batch, in which every caption is held against every picture."""
         text = text_of(batch)
         assert text is not None
-        return self.network(batch["x"], text, batch["group"])[None]  # one number for the whole batch
+        if self.processes > 1:
+            return self._global_loss(batch["x"], text, batch["group"])[None]
+        return self.network(batch["x"], text, batch["group"])[None]
+
+    def _global_loss(self, images: Tensor, text: TextEmbedding, group: Tensor) -> Tensor:
+        """`CLIP.loss` over the batch of all processes. Each computes all of it; gathering sums the gradients
+        of the embeddings over processes and their average then gives those of one process."""
+        network = self.network
+        assert isinstance(network, CLIP)
+        scale = network.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        image, caption, groups = (
+            torch.cat(differentiable.all_gather(part))
+            for part in (network.encode_image(images), network.encode_text(text), group)
+        )
+        return contrastive_loss(image, caption, scale, groups)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Also writes the image embeddings of every picture, which the later stages train on."""
@@ -88,41 +110,64 @@ class ClipTask(Task):
         rows = [range(i, min(i + 256, len(images))) for i in range(0, len(images), 256)]
         with torch.no_grad():
             embeds = torch.cat([clip.encode_image(pixels(images, list(r))) for r in rows])
-        save_file({"embeds": embeds}, self.out / "clip" / EMBEDS)
+        path = self.out / "clip" / EMBEDS
+        save_file({"embeds": embeds}, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
 
 
 class PriorTask(Task):
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, out: Path, planning: bool) -> None:
         super().__init__(recipe, out, "prior")
-        self.clip = load_clip(out)
-        embeds = load_embeds(out)
-        self.network = DiffusionPrior(recipe.prior.model)
+        cfg = recipe.prior.model
+        check_width("prior.model.text_dim", cfg.text_dim, self.text.dims, cfg.text_sequence)
+        if cfg.text_length < self.text.max_length:
+            expected = f"at least the text encoder's {self.text.max_length} tokens"
+            raise InputError(f"prior.model.text_length {cfg.text_length}: expected {expected}")
+        self.clip = CLIP(recipe.clip.model) if planning else load_clip(out)
+        embeds = load_embeds(recipe, out, self.pictures, planning)
+        self.network = DiffusionPrior(cfg)
         self.network.fit_statistics(embeds[self.pictures.train])
         self.make = PriorMaker(recipe, self.pictures, self.text, embeds)
 
+    def train(self, mode: bool = True) -> PriorTask:
+        super().train(mode)
+        self.clip.eval()  # it is frozen
+        return self
+
     def config(self) -> dict[str, Any]:
         return to_dict(self.recipe.prior.model)
+
+    def identity(self) -> dict[str, Any]:
+        """All but the sampling settings, which may change between sessions."""
+        return {name: value for name, value in self.config().items() if name not in PRIOR_SAMPLING}
 
     def forward(self, batch: Batch) -> Tensor:
         text = text_of(batch)
         assert text is not None
         with torch.no_grad():
             text = type(text)(text.sequences, self.clip.encode_text(text))
-        return self.network(batch["x"], text, batch["keep_text"], batch["t"], batch["noise"])
+        keep = batch["keep_text"][:, 0]  # tokens and CLIP embedding go together (unCLIP 2.2)
+        return self.network(batch["x"], text, keep, batch["t"], batch["noise"])
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         save_component(self.out / "prior", self.config(), tensors, "DiffusionPrior")
 
 
 class StageTask(Task):
-    def __init__(self, recipe: Recipe, out: Path, name: str) -> None:
+    def __init__(self, recipe: Recipe, out: Path, name: str, planning: bool) -> None:
         super().__init__(recipe, out, name)
         part = recipe.of(name)
         assert isinstance(part, StageRecipe)
         self.cfg = part.stage
+        dims = self.cfg.unet.text_dims
+        if dims and dims != self.text.dims:
+            found, expected = list(dims), list(self.text.dims)
+            raise InputError(f"{name}.stage.unet.text_dims {found}: expected the text encoder's {expected}")
         self.stage = Stage(self.cfg)
         self.network = self.stage.unet
-        embeds = load_embeds(out) if self.cfg.unet.image_embed_dim else None
+        embeds = None
+        if self.cfg.unet.image_embed_dim:
+            embeds = load_embeds(recipe, out, self.pictures, planning)
         self.make = StageMaker(recipe, name, self.pictures, self.text, embeds)
 
     def config(self) -> dict[str, Any]:
@@ -135,10 +180,12 @@ class StageTask(Task):
     def forward(self, batch: Batch) -> Tensor:
         lowres = None
         if self.cfg.augment is not None:
-            size = tuple(batch["x"].shape[-2:])
-            lowres = condition_lowres(batch["lowres"], size, self.cfg.augment, batch["aug_level"], batch["aug_noise"])
+            height, width = batch["x"].shape[-2:]
+            level, noise = batch["aug_level"], batch["aug_noise"]
+            lowres = condition_lowres(batch["lowres"], (height, width), self.cfg.augment, level, noise)
+        cond = conditioning_of(batch, lowres)
         logsnr = self.stage.schedule.logsnr(batch["t"]).float()
-        return diffusion_loss(self.stage.denoiser, batch["x"], conditioning_of(batch, lowres), logsnr, batch["noise"])
+        return diffusion_loss(self.stage.denoiser, batch["x"], cond, logsnr, batch["noise"])
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         save_component(self.out / self.name, self.config(), tensors, "Stage")
@@ -152,7 +199,8 @@ class StageTask(Task):
         return self._heldout(stage)
 
     def _prompts(self, stage: Stage) -> Image.Image:
-        """The recipe's prompts at fixed seeds, through the prior where it is trained, else with CLIP text embeddings."""
+        """The recipe's prompts at fixed seeds, through the prior where it is trained, else with CLIP text
+        embeddings."""
         prompts = list(self.recipe.grid_prompts)
         text = load_text_encoder(self.recipe.text)(prompts)
         embed = None
@@ -163,10 +211,11 @@ class StageTask(Task):
         return tile(stage.sample(text, image_embed=embed, seed=0, micro_batch=8), 8)
 
     def _heldout(self, stage: Stage) -> Image.Image:
-        """Held-out pictures, a row each: the upsampled input, the output, the original."""
-        chosen = self.pictures.heldout[:: max(1, len(self.pictures.heldout) // 4)][:4]
-        side = self.cfg.image_px
-        real = torch.stack([downsample(from_pil(_open(self.pictures, i)), side) for i in chosen])
+        """Held-out pictures (if any: else training pictures), a row each: the upsampled input, the output,
+        the original."""
+        pool = self.pictures.heldout or self.pictures.train
+        chosen, side = pool[:: max(1, len(pool) // 4)][:4], self.cfg.image_px
+        real = from_uint8(torch.stack([self.pictures.resized(i, side) for i in chosen]))  # B 3 H W
         lowres = downsample(real, self.cfg.lowres_px or side)
         text = self.text([3 * i for i in chosen]) if self.cfg.unet.text_dims else None
         out = stage.sample(text, lowres=lowres, seed=0)
@@ -174,12 +223,20 @@ class StageTask(Task):
         return tile(torch.stack([up, out, real], dim=1).flatten(0, 1), 3)
 
 
-def make_task(recipe: Recipe, out: Path, name: str) -> Task:
+def make_task(recipe: Recipe, out: Path, name: str, planning: bool = False) -> Task:
+    """The training of one stage. planning: for a look at its size, which needs no trained CLIP."""
     if name == "clip":
         return ClipTask(recipe, out)
     if name == "prior":
-        return PriorTask(recipe, out)
-    return StageTask(recipe, out, name)
+        return PriorTask(recipe, out, planning)
+    return StageTask(recipe, out, name, planning)
+
+
+def check_width(key: str, width: int, dims: tuple[int, ...], sequence: int) -> None:
+    """Refuse a network for another text encoder."""
+    if sequence >= len(dims) or dims[sequence] != width:
+        expected = f"one of the text encoder's {list(dims)}, by text_sequence"
+        raise InputError(f"{key} {width}, text_sequence {sequence}: expected {expected}")
 
 
 def load_clip(out: Path) -> CLIP:
@@ -201,16 +258,24 @@ def load_prior(out: Path) -> DiffusionPrior | None:
     return prior.eval().requires_grad_(False)
 
 
-def load_embeds(out: Path) -> Tensor:
+def load_embeds(recipe: Recipe, out: Path, pictures: PictureSet, planning: bool) -> Tensor:
+    """The CLIP image embedding of every picture, N D; zeros when `planning`."""
+    shape = (len(pictures.records), recipe.clip.model.embed_dim)
+    if planning:
+        return torch.zeros(shape)
     path = out / "clip" / EMBEDS
     if not path.exists():
         raise InputError(f"no image embeddings in {out / 'clip'}: train --stage clip first")
-    return load_file(path)["embeds"]
+    embeds = load_file(path)["embeds"]
+    if embeds.shape != shape:
+        found, expected = tuple(embeds.shape), f"{shape} for this recipe: train --stage clip again"
+        raise InputError(f"image embeddings in {path} are {found}: expected {expected}")
+    return embeds
 
 
 def assemble(recipe: Recipe, out: Path) -> Path:
-    """The model folder of all stages that are trained, in bf16."""
-    stages = {}
+    """The model folder of all stages that are trained, in bf16. Raises InputError where there is none."""
+    stages = []
     for name in ("base", "sr256", "sr1024"):
         if (out / name).is_dir():
             part = recipe.of(name)
@@ -218,8 +283,11 @@ def assemble(recipe: Recipe, out: Path) -> Path:
             component = load_component(out / name, "Stage")
             stage = Stage(part.stage)  # sampling defaults are the recipe's of today
             load_tensors(stage.unet, component.tensors, out / name)
-            stages[name] = stage
-    model = Cascade(stages.values(), load_text_encoder(recipe.text), load_prior(out), load_clip(out))
+            stages.append(stage)
+    if not stages:
+        raise InputError(f"no trained stage in {out}: train --stage base first")
+    prior, clip = load_prior(out), load_clip(out)
+    model = Cascade(stages, load_text_encoder(recipe.text), prior, clip, recipe.name)
     folder = out / "model"
     model.save_pretrained(folder, dtype=torch.bfloat16)
     return folder
@@ -233,7 +301,3 @@ def tile(x: Tensor, columns: int) -> Image.Image:
     for i, picture in enumerate(to_pil(x)):
         sheet.paste(picture, ((i % columns) * (width + 2), (i // columns) * (height + 2)))
     return sheet
-
-
-def _open(pictures: PictureSet, index: int) -> Image.Image:
-    return Image.open(pictures.folder / pictures.records[index]["file_name"])

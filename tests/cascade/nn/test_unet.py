@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cross-attention alone": dict(self_attention=(False, False), norm="rms", patch=2),
     "super-resolution": dict(lowres_channels=3, image_embed_dim=None),
     "no tokens": dict(text_attention=(False, False), context_dim=20),
+    "position maps": dict(position_grid=8),
 }
 
 
@@ -315,3 +316,19 @@ def test_an_inconsistent_configuration_is_one_line(changes: dict[str, Any], mess
 def test_pool_heads_are_held_to_the_width_that_is_pooled() -> None:
     """Heads that divide the projected width are enough where that is what is pooled."""
     UNet(config(pool_projected=True, context_dim=28, pool_heads=7, image_embed_dim=EMBED))
+
+
+# -- position maps -----------------------------------------------------------------------------------------
+
+
+def test_position_maps_tell_places_apart_and_stretch_to_other_sizes():
+    """Without noise and conditions a convolutional network draws (nearly) the same everywhere; maps change that."""
+    net = network(position_grid=8)
+    assert [tuple(p.shape) for p in net.positions] == [(1, 16, 8, 8), (1, 32, 4, 4)]
+    x, time = torch.zeros(1, 3, 8, 8), torch.tensor([500.0])
+    before = net(x, time, Conditioning())
+    with torch.no_grad():
+        net.positions[0][..., 0, 0] += 1.0
+    change = (net(x, time, Conditioning()) - before).abs().sum(1)[0]  # H W
+    assert change[:3, :3].mean() > 2 * change[5:, 5:].mean()
+    assert net(torch.zeros(1, 3, 12, 16), time, Conditioning()).shape == (1, 3, 12, 16)
