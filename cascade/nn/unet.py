@@ -240,14 +240,16 @@ def position_maps(cfg: UNetConfig) -> list[nn.Parameter]:
     if not cfg.position_grid:
         return []
     side, maps = cfg.position_grid * cfg.strides[0], []
-    for channels, stride in zip(cfg.channels, cfg.strides, strict=True):
+    # An adm level starts at the width of the level before it, from whose resampling block it comes.
+    widths = cfg.channels if cfg.layout == "efficient" else (cfg.channels[0], *cfg.channels[:-1])
+    for channels, stride in zip(widths, cfg.strides, strict=True):
         side //= stride
         maps.append(nn.Parameter(torch.zeros(1, channels, side, side)))
     return maps
 
 
 def resized(position: Tensor, like: Tensor) -> Tensor:
-    """A position map at the size of `like` (B C H W): pictures of another size than the trained one stretch it."""
+    """A position map at the size of `like` (B C H W): pictures of another size than in training stretch it."""
     if position.shape[-2:] == like.shape[-2:]:
         return position
     return F.interpolate(position.float(), like.shape[-2:], mode="bilinear", antialias=True)
@@ -271,6 +273,11 @@ def check(cfg: UNetConfig) -> None:
     for name in ("patch", "head_channels", "pool_heads", "image_tokens"):
         if getattr(cfg, name) < 1:
             raise InputError(f"unet.{name} {getattr(cfg, name)}: expected a positive integer")
+    grid, least = cfg.position_grid, math.prod(cfg.strides[1:])
+    if grid < 0 or grid % least:
+        raise InputError(
+            f"unet.position_grid {grid}: expected 0 or a multiple of {least}, as the strides are"
+        )
     if cfg.channels[0] % 2:
         raise InputError(f"unet.channels starts with {cfg.channels[0]}: the time embedding needs it even")
     for i, c in enumerate(cfg.channels):

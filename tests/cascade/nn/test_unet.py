@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "two texts": dict(text_dims=(24, 16), context_dim=20, pool_projected=True),
     "cross-attention alone": dict(self_attention=(False, False), norm="rms", patch=2),
     "super-resolution": dict(lowres_channels=3, image_embed_dim=None),
+    "position maps": dict(layout="adm", position_grid=8),
     "no tokens": dict(text_attention=(False, False), context_dim=20),
     "position maps": dict(position_grid=8),
 }
@@ -293,6 +294,8 @@ def test_a_super_resolution_network_needs_its_picture() -> None:
         (dict(channels=(15, 32)), "starts with 15"),
         (dict(channels=(16, 40), head_channels=13), "head_channels 13 does not divide level 1's width 40"),
         (dict(patch=0), "unet.patch 0"),
+        (dict(position_grid=9), "unet.position_grid 9: expected 0 or a multiple of 2"),
+        (dict(position_grid=-2), "unet.position_grid -2"),
         (dict(image_tokens=0), "unet.image_tokens 0"),
         (dict(layout="adm", strides=(2, 2)), r"unet.strides \(2, 2\): the adm layout needs \(1, 2\)"),
         (dict(text_dims=(), image_embed_dim=None), "neither text_dims nor image_embed_dim"),
@@ -321,8 +324,8 @@ def test_pool_heads_are_held_to_the_width_that_is_pooled() -> None:
 # -- position maps -----------------------------------------------------------------------------------------
 
 
-def test_position_maps_tell_places_apart_and_stretch_to_other_sizes():
-    """Without noise and conditions a convolutional network draws (nearly) the same everywhere; maps change that."""
+def test_position_maps_tell_places_apart_and_stretch_to_other_sizes() -> None:
+    """Without noise and conditions a convolutional network draws nearly the same everywhere."""
     net = network(position_grid=8)
     assert [tuple(p.shape) for p in net.positions] == [(1, 16, 8, 8), (1, 32, 4, 4)]
     x, time = torch.zeros(1, 3, 8, 8), torch.tensor([500.0])
