@@ -5,7 +5,6 @@ Unknown keys, missing keys and wrong types raise `InputError` with the full path
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -239,7 +238,7 @@ def override(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """A copy of nested `data` with each setting `a.b=value` (value read as YAML) put in its place.
 
     A new key may be set (strict reading follows), but a path may not run through a scalar."""
-    result = copy.deepcopy(data)
+    result = _unshared(data)
     for setting in settings:
         path, separator, text = setting.partition("=")
         if not separator or not path:
@@ -255,3 +254,10 @@ def override(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
             raise InputError(f"setting {setting!r}: {str(error).splitlines()[0]}") from None
     return result
+
+
+def _unshared(data: Any) -> Any:
+    """A copy in which no two places share a mapping, as those that a YAML alias (`*name`) fills do."""
+    if isinstance(data, dict):
+        return {name: _unshared(value) for name, value in data.items()}
+    return [_unshared(item) for item in data] if isinstance(data, list) else data

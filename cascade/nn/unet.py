@@ -249,7 +249,7 @@ def position_maps(cfg: UNetConfig) -> list[nn.Parameter]:
 
 
 def resized(position: Tensor, like: Tensor) -> Tensor:
-    """A position map at the size of `like` (B C H W): pictures of another size than in training stretch it."""
+    """A position map at the size of `like` (B C H W): pictures of other sizes than in training stretch it."""
     if position.shape[-2:] == like.shape[-2:]:
         return position
     return F.interpolate(position.float(), like.shape[-2:], mode="bilinear", antialias=True)

@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "two texts": dict(text_dims=(24, 16), context_dim=20, pool_projected=True),
     "cross-attention alone": dict(self_attention=(False, False), norm="rms", patch=2),
     "super-resolution": dict(lowres_channels=3, image_embed_dim=None),
-    "position maps": dict(layout="adm", position_grid=8),
+    "position maps, adm": dict(layout="adm", position_grid=8),
     "no tokens": dict(text_attention=(False, False), context_dim=20),
     "position maps": dict(position_grid=8),
 }
