@@ -4,7 +4,7 @@
     <component>/config.json     the component's config and `_class_name`
     <component>/diffusion_pytorch_model.safetensors (or shards with an .index.json)
 
-The layout is the diffusers convention. Nothing here can execute code: no pickle, and classes come from a list.
+The layout is the diffusers convention. Nothing here can execute code: no pickle, classes from a list.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelIndex:
     sha256: dict[str, str] = field(default_factory=dict)  # relative path -> hash; empty: nothing to check
 
 
-# -- components --------------------------------------------------------------------------------------------------
+# -- components --------------------------------------------------------------------------------------------
 
 
 def save_component(
@@ -139,7 +139,7 @@ def _few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# -- whole models ------------------------------------------------------------------------------------------------
+# -- whole models ------------------------------------------------------------------------------------------
 
 
 def write_index(folder: Path, index: ModelIndex) -> None:
@@ -219,14 +219,14 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"no folder {str(source)!r}, and it cannot be had from the hub ({reason})") from None
 
 
-# -- files -------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends without an error.
 
-    The old folder, if any, goes only after the new one is flushed to disk and in its place. After an error the
+    The old folder, if any, goes only after the new one is flushed and in its place. After an error the
     temporary folder is removed and the old one is untouched."""
     folder = Path(folder).resolve()  # a link stays a link: what it points to is replaced
     try:

@@ -104,7 +104,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-# -- cascade sample ----------------------------------------------------------------------------------------------
+# -- cascade sample ----------------------------------------------------------------------------------------
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -230,7 +230,7 @@ def _slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].rstrip("-") or "picture"
 
 
-# -- cascade info ------------------------------------------------------------------------------------------------
+# -- cascade info ------------------------------------------------------------------------------------------
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -51,7 +51,9 @@ class TextEmbedding:
             Tokens(torch.cat([s.states for s in same]), torch.cat([s.mask for s in same]))
             for same in zip(*(p.sequences for p in parts), strict=True)
         )
-        pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None])
+        pooled = (
+            None if parts[0].pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None])
+        )
         return TextEmbedding(sequences, pooled)
 
 

@@ -91,8 +91,9 @@ class UNetConfig:
     self_attention: tuple[bool, ...] = (False, True, True, True)
     text_attention: tuple[bool, ...] = (False, True, True, True)
     layout: Literal["efficient", "adm"] = "efficient"
-    # efficient: strided conv before the blocks, up conv after, one skip and one attention a level (Imagen B.1)
-    # adm: resampling residual blocks after the blocks, a skip and an attention a block, middle block (arXiv:2105.05233)
+    # efficient: strided conv before the blocks, up conv after, one skip, one attention a level (Imagen B.1)
+    # adm: resampling residual blocks after the blocks, a skip and an attention a block, a middle block
+    # (arXiv:2105.05233)
     head_channels: int = 64
     norm: Literal["group", "rms"] = "group"
     act: Literal["silu", "gelu"] = "silu"
@@ -108,7 +109,9 @@ class UNetConfig:
     image_embed_scale: float = 1.0  # sqrt(dim) brings a unit-norm embedding to unit variance
     image_tokens: int = 4  # tokens made of the image embedding (unCLIP 2.1)
     lowres_channels: int = 0  # 3 in a super-resolution stage
-    position_grid: int = 0  # side of the first level's learned position map; 0: none, positions come from padding
+    position_grid: int = (
+        0  # side of the first level's learned position map; 0: none, positions come from padding
+    )
     dropout: float = 0.0
 
 
@@ -139,7 +142,7 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
-    """The inverse of `to_dict`. Raises InputError naming the field and, for an unknown key, the nearest one."""
+    """The inverse of `to_dict`. InputError names the field and, for an unknown key, the nearest one."""
     place = where or cls.__name__
     if not isinstance(data, dict):
         raise InputError(f"{place}: expected a mapping, got {data!r}")
@@ -180,13 +183,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(value):
             raise InputError(f"{where}: expected {len(kinds)} entries, got {len(value)}")
-        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict:
         if not isinstance(value, dict):
             raise InputError(f"{where}: expected a mapping, got {value!r}")
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else from_dict(typing.cast(type, hint), value, where)
+        return (
+            value
+            if isinstance(value, typing.cast(type, hint))
+            else from_dict(typing.cast(type, hint), value, where)
+        )
     return _scalar(hint, value, where)
 
 
@@ -228,7 +237,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid {path.suffix[1:].upper()}: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path} is not valid {path.suffix[1:].upper()}: {str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a mapping at the top level")
     return data

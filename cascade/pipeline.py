@@ -90,7 +90,7 @@ class _Stopped(Exception):
 
 
 class Cascade:
-    """Text to pictures through every stage. Load one with `from_pretrained`, or put one together from parts."""
+    """Text to pictures through every stage. Load one with `from_pretrained`, or build one from parts."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Cascade:
                     f"the text encoder gives {list(text_encoder.dims)}"
                 )
 
-    # -- folders ---------------------------------------------------------------------------------------------------
+    # -- folders -------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -193,7 +193,7 @@ class Cascade:
     def device(self) -> torch.device:
         return next(iter(self.stages.values())).device
 
-    # -- sampling --------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------
 
     def encode(self, prompts: str | Sequence[str]) -> TextEmbedding:
         """Encode prompts, with the CLIP text embedding as `pooled` where the model has a CLIP. "" is allowed:
@@ -251,11 +251,11 @@ class Cascade:
         return self._run(request, on_event or (lambda event: None))
 
     def request(self, prompts: str | Sequence[str], **arguments: Any) -> Request:
-        """What a call with these arguments would do, without doing it. Raises InputError as the call would."""
+        """What a call with these arguments would do, without doing it. InputError as the call would."""
         return make_request(self.stages, self.prior, prompts, **arguments)
 
     def stream(self, prompts: str | Sequence[str], **arguments: Any) -> Iterator[Event]:
-        """The same as a call (arguments but `on_event`), as an iterator of events while it runs; the last event
+        """The same as a call (arguments but `on_event`), as an iterator of events as it runs; the last event
         holds the `Output`.
         Closing the iterator stops the work at its next step."""
         inbox: queue.Queue[Event | BaseException] = queue.Queue(maxsize=1)  # previews are big: never pile up
@@ -332,7 +332,7 @@ class Cascade:
         negative: TextEmbedding | None,
         report: Callable[[Event], None],
     ) -> Tensor:
-        """Image embeddings B D. One picture at a time on the CPU, for the reason that `Stage.sample` gives."""
+        """Image embeddings B D. One picture at a time on the CPU, for `Stage.sample`'s reason."""
         assert self.prior is not None and request.prior is not None
         count = len(request.seeds)
         size = 1 if self.device.type == "cpu" else count
@@ -385,7 +385,7 @@ def _weights(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _build(folder: Path, library: str, class_name: str) -> nn.Module:
-    """A component from its folder; `library` and `class_name` have passed the list in `checkpoint.CLASSES`."""
+    """A component from its folder; `library` and `class_name` are in `checkpoint.CLASSES`."""
     component = checkpoint.load_component(folder, class_name)
     if library == "cascade":
         config = from_dict(StageConfig, component.config, where=str(folder / checkpoint.CONFIG))

@@ -29,7 +29,7 @@ def generator(seed: int, *parts: str | int, device: torch.device | str = "cpu") 
 def normal(
     shape: Sequence[int], seeds: Sequence[int], *parts: str | int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Unit Gaussian noise, float32, of shape (len(seeds), *shape); row i is a function of (seeds[i], parts)."""
+    """Unit Gaussian noise, float32, of shape (len(seeds), *shape); row i is keyed by (seeds[i], parts)."""
     rows = [torch.randn(*shape, generator=generator(s, *parts, device=device), device=device) for s in seeds]
     return torch.stack(rows)
 

@@ -29,7 +29,7 @@ from cascade.nn.unet import UNet
 MAX_STEPS = 10_000
 PIXELS_A_FORWARD = 4 * 1024 * 1024  # of one micro-batch on an accelerator
 
-# on_step(step, total, x0_hat, rows): step counts from 1 to total over all micro-batches; x0_hat is the current
+# on_step(step, total, x0_hat, rows): step counts from 1 to total over micro-batches; x0_hat is the current
 # estimate (b 3 H W) of the pictures `rows`.
 OnStep = Callable[[int, int, Tensor, range], None]
 
@@ -195,7 +195,7 @@ class Stage(nn.Module):
         seeds: list[int],
         size: tuple[int, int],
     ) -> Conditioning:
-        """Conditioning of the network, with the low-resolution picture at the stage's size and noise level."""
+        """The network's conditioning, with the low-resolution picture at the stage's size and noise level."""
         if lowres is None:
             return Conditioning(text=text, image_embed=image_embed)
         augment = self.config.augment
@@ -264,7 +264,8 @@ class Stage(nn.Module):
             return None
         if image_embed.ndim != 2 or image_embed.shape[1] != dim:
             raise InputError(
-                f"image_embed of stage {self.config.name}: expected shape (B, {dim}), got {tuple(image_embed.shape)}"
+                f"image_embed of stage {self.config.name}: expected shape (B, {dim}), "
+                f"got {tuple(image_embed.shape)}"
             )
         return image_embed.to(self.device, self.dtype)
 

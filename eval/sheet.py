@@ -1,6 +1,7 @@
 """One picture of many, each with a caption under it.
 
-`python -m eval.sheet MODEL PROMPT... --out sheet.png` draws prompts through the whole cascade; @FILE reads a prompt a line.
+`python -m eval.sheet MODEL PROMPT... --out sheet.png` draws prompts through the whole cascade; @FILE reads
+a prompt a line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A whole cascade of random weights that draws in milliseconds: 16 -> 32 -> 64 px, prior, CLIP, a toy encoder."""
+"""A cascade of random weights that draws in milliseconds: 16 -> 32 -> 64 px, prior, CLIP, toy encoder."""
 
 from __future__ import annotations
 

@@ -132,9 +132,7 @@ def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> 
     }
 
 
-def _load_optimizer(
-    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
+def _load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put each slot on its parameter's device, also the step counts: the fused AdamW wants them there."""
     parameters = dict(network.named_parameters())
     for key, value in tensors.items():

@@ -62,7 +62,9 @@ def loss_weight(logsnr: Tensor, config: DiffusionConfig, schedule: Schedule | No
         slope = (schedule or make_schedule(config.schedule)).slope(logsnr)
         weight = slope * math.exp(param) * (logsnr - param).sigmoid()  # SNR sigmoid(b - logsnr)
     else:
-        raise unknown("weighting", config.weighting, ["none", "min_snr", "clamped_snr", "soft_min_snr", "sigmoid"])
+        raise unknown(
+            "weighting", config.weighting, ["none", "min_snr", "clamped_snr", "soft_min_snr", "sigmoid"]
+        )
     return (weight * x0_error_ratio(logsnr, config)).float()
 
 

@@ -33,7 +33,7 @@ def forget_hashes(folder: Path) -> None:
     edit_json(folder / INDEX, sha256={})
 
 
-# -- components --------------------------------------------------------------------------------------------------
+# -- components --------------------------------------------------------------------------------------------
 
 
 def test_a_component_comes_back(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_loading_keeps_the_modules_own_number_format() -> None:
     assert module.weight.dtype == torch.bfloat16 and not module.weight.is_meta
 
 
-# -- whole models ------------------------------------------------------------------------------------------------
+# -- whole models ------------------------------------------------------------------------------------------
 
 
 def test_a_model_folder_draws_the_same_pictures(tiny_cascade: Cascade, model_folder: Path) -> None:

@@ -137,7 +137,7 @@ def test_the_prior_runs_only_for_stages_that_take_its_embedding(tiny_cascade: Ca
     assert set(stages) == {"sr256", "sr1024"}
 
 
-# -- events ------------------------------------------------------------------------------------------------------
+# -- events ------------------------------------------------------------------------------------------------
 
 
 def test_stream_yields_every_step_and_then_the_output(tiny_cascade: Cascade) -> None:
@@ -163,7 +163,7 @@ def test_a_stream_raises_what_the_call_raises(tiny_cascade: Cascade) -> None:
         next(tiny_cascade.stream(""))
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------
 
 NAN = math.nan
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -1,0 +1,261 @@
+"""Batches: what a step consumes, keyed by position, at any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cascade import random
+from cascade.conditioning import TextEmbedding
+from cascade.images import downsample, from_uint8
+from cascade.text.pair import PairEncoder
+from tests.conftest import EMBED, ToyEncoder
+from train.batches import (
+    Batch,
+    Batches,
+    ClipMaker,
+    Maker,
+    PriorMaker,
+    StageMaker,
+    best_crop,
+    conditioning_of,
+)
+from train.data import PictureSet, TextStore
+from train.recipe import ORDER, Recipe
+
+Tiny = Callable[..., Recipe]
+Make = Callable[..., Maker]
+
+
+@pytest.fixture
+def make(tiny: Tiny, pictures: PictureSet, text: TextStore) -> Make:
+    """`make(stage, settings...)`: the stage's maker."""
+    embeds = torch.randn(len(pictures.records), EMBED, generator=random.generator(0, "embeds"))
+
+    def build(stage: str, *settings: str) -> Maker:
+        recipe = tiny(*settings)
+        if stage == "clip":
+            return ClipMaker(recipe, pictures, text)
+        if stage == "prior":
+            return PriorMaker(recipe, pictures, text, embeds)
+        return StageMaker(recipe, stage, pictures, text, embeds if stage == "base" else None)
+
+    return build
+
+
+def batch_of(
+    maker: Any, step: int, *, seed: int = 0, rank: int = 0, world: int = 1, stage: str = "base"
+) -> Batch:
+    return Batches(maker, maker.train.batch, rank, world, seed, stage, 100)[step]
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_a_step_is_the_same_at_any_number_of_processes(make: Make, stage: str) -> None:
+    maker = make(stage)
+    for step in (0, 5):
+        whole = batch_of(maker, step)
+        for world in (2, 4):
+            parts = [batch_of(make(stage), step, rank=rank, world=world) for rank in range(world)]
+            assert parts[0].keys() == whole.keys()
+            for name, value in whole.items():
+                for rank, part in enumerate(parts):
+                    assert torch.equal(part[name], value[rank::world]), name
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_a_step_repeats_and_others_differ(make: Make, stage: str) -> None:
+    maker = make(stage)
+    first, again, later = (batch_of(maker, step) for step in (3, 3, 4))
+    seed, other = batch_of(maker, 3, seed=1), batch_of(maker, 3, stage="other")
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    for name in {"noise", "aug_noise", "aug_level", "t"} & first.keys():
+        for different in (later, seed, other):
+            assert not torch.equal(first[name], different[name]), name
+
+
+def test_stages_see_the_samples_in_orders_of_their_own(make: Make) -> None:
+    def order(stage: str, *settings: str) -> tuple[int, ...]:
+        maker = make(stage, f"{stage}.train.crops_per_picture=1", *settings)
+        return tuple(maker.samples(list(range(24))))
+
+    assert len({order(stage) for stage in ORDER}) == len(ORDER)
+    assert order("base", "seed=1") != order("base")
+
+
+def test_a_batch_of_the_base_stage_is_the_records_it_names(make: Make, pictures: PictureSet) -> None:
+    maker = make("base", "data.caption_weights=[0, 1, 0]")
+    assert isinstance(maker, StageMaker) and maker.embeds is not None
+    batch = batch_of(maker, 2)
+    cache = pictures.pixels(16)
+    for row, sample in enumerate(maker.samples(list(range(16, 24)))):
+        expected = from_uint8(torch.from_numpy(np.array(cache[sample])).permute(2, 0, 1))
+        assert torch.equal(batch["x"][row], expected)
+        assert torch.equal(batch["image_embed"][row], maker.embeds[sample])
+        caption = ToyEncoder()([pictures.captions(sample)[1]]).sequences[0]
+        assert torch.equal(batch["states0"][row], caption.states[0].half().float())
+        assert torch.equal(batch["mask0"][row], caption.mask[0])
+
+
+def frequency(flags: Tensor) -> float:
+    return flags.double().mean().item()
+
+
+def test_caption_forms_follow_their_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = make("base", "data.caption_weights=[6, 3, 1]")
+    rows: list[int] = []
+
+    def spy(given: list[int]) -> TextEmbedding:
+        rows.extend(given)
+        return TextEmbedding(())
+
+    monkeypatch.setattr(maker, "text", spy)
+    count = 3000
+    maker.captions([7] * count, list(range(count)))
+    assert set(rows) == {21, 22, 23}
+    for form, share in enumerate((0.6, 0.3, 0.1)):
+        deviation = (share * (1 - share) / count) ** 0.5
+        assert abs(rows.count(21 + form) / count - share) < 4 * deviation
+
+
+def test_a_weight_of_zero_takes_a_form_out(make: Make) -> None:
+    for form in range(3):
+        weights = [float(i == form) for i in range(3)]
+        maker = make("base", f"data.caption_weights={weights}")
+        states = maker.captions([2] * 50, list(range(50)))["states0"]
+        assert torch.equal(states, maker.text([6 + form] * 50).sequences[0].states)
+
+
+def test_text_and_image_are_dropped_independently(make: Make) -> None:
+    keep = make("base", "base.train.text_drop=0.5", "base.train.image_drop=0.2").keep(list(range(2000)))
+    text, image = keep["keep_text"][:, 0], keep["keep_image"]
+    assert abs(frequency(text) - 0.5) < 0.05 and abs(frequency(image) - 0.8) < 0.04
+    assert abs(frequency(text & image) - 0.4) < 0.05
+    none = make("base", "base.train.text_drop=0", "base.train.image_drop=0").keep(list(range(200)))
+    assert none["keep_text"].all() and none["keep_image"].all()
+
+
+def test_each_token_sequence_is_dropped_on_its_own(
+    tiny: Tiny, pictures: PictureSet, monkeypatch: pytest.MonkeyPatch, make: Make
+) -> None:
+    pair = PairEncoder([ToyEncoder(), ToyEncoder(8)])
+    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: pair)
+    maker = StageMaker(
+        tiny("base.train.text_drop=0.5"), "base", pictures, TextStore(pictures, {"kind": "pair"}), None
+    )
+    keep = maker.keep(list(range(2000)))["keep_text"]
+    assert keep.shape == (2000, 2)
+    assert abs(frequency(keep[:, 0] & keep[:, 1]) - 0.25) < 0.05
+    alone = make("base", "base.train.text_drop=0.5").keep(list(range(2000)))["keep_text"]
+    assert torch.equal(keep[:, :1], alone)  # one more encoder does not change the first one's draws
+
+    batch = batch_of(maker, 0)
+    cond = conditioning_of(batch, None)
+    assert cond.text is not None and len(cond.text.sequences) == 2
+    assert cond.text_keep is not None and cond.text_keep.shape == (8, 2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_times_are_stratified_over_the_whole_batch(make: Make, world: int) -> None:
+    maker = make("base")
+    for step in (0, 7):
+        t = torch.cat([batch_of(maker, step, rank=rank, world=world)["t"] for rank in range(world)])
+        assert t.dtype == torch.float64
+        assert (t.sort().values * 8).floor().tolist() == list(range(8))
+
+
+# -- crops ---------------------------------------------------------------------------------------------------
+
+
+def coordinates(side: int) -> Tensor:
+    """A picture whose pixels say where they are."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
+
+
+def test_crops_lie_on_the_low_resolution_grid_and_reach_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.batches.CROP_CANDIDATES", 1)
+    picture, places = coordinates(64), set()
+    for seed in range(300):
+        crop = best_crop(picture, 48, 4, seed)
+        assert crop.shape == (3, 48, 48)
+        top, left = int(crop[0, 0, 0]), int(crop[1, 0, 0])
+        assert torch.equal(crop, picture[:, top : top + 48, left : left + 48])
+        assert torch.equal(crop, best_crop(picture, 48, 4, seed))
+        places.add((top, left))
+    assert places == {(4 * i, 4 * j) for i in range(5) for j in range(5)}
+
+
+def test_the_crop_with_more_contrast_is_kept() -> None:
+    picture = torch.full((3, 128, 128), 255, dtype=torch.uint8)
+    picture[:, 64:] = torch.randint(0, 256, (3, 64, 128), generator=random.generator(0)).to(torch.uint8)
+    flat = sum(bool((best_crop(picture, 32, 4, seed) == 255).all()) for seed in range(200))
+    # one crop in three is all flat: nearly half of single draws would be, of the better of two a sixth
+    alone = 9 / 25
+    assert flat / 200 < alone**2 + 0.08
+
+
+def test_a_crop_of_the_whole_picture_is_the_picture() -> None:
+    assert torch.equal(best_crop(coordinates(64), 64, 4, 3), coordinates(64))
+
+
+def test_the_crops_of_a_picture_follow_each_other(make: Make) -> None:
+    maker = make("sr1024")
+    samples = maker.samples(list(range(8)))
+    assert samples[::2] == samples[1::2] and len(set(samples)) == 4
+
+
+def windows(picture: Tensor, side: int) -> list[Tensor]:
+    places = range(picture.shape[-1] - side + 1)
+    return [picture[:, i : i + side, j : j + side] for i in places for j in places]
+
+
+def test_the_lowres_of_a_crop_is_the_crop_of_the_lowres(make: Make, pictures: PictureSet) -> None:
+    maker = make("sr1024", "sr1024.stage.augment.degrade_prob=0")
+    batch = batch_of(maker, 1)
+    assert batch["x"].shape == (8, 3, 32, 32) and batch["lowres"].shape == (8, 3, 16, 16)
+    for row, sample in enumerate(maker.samples(list(range(8, 16)))):
+        whole = from_uint8(pictures.picture(sample))  # 3 64 64
+        assert any(torch.equal(batch["x"][row], w) for w in windows(whole, 32))
+        assert any(torch.equal(batch["lowres"][row], w) for w in windows(downsample(whole, 32), 16))
+
+
+def test_low_resolution_pictures_are_corrupted_in_their_shares(make: Make) -> None:
+    maker = make("sr256", "sr256.stage.augment.blur_prob=0.5", "sr256.train.batch=64")
+    batch = batch_of(maker, 0)
+    clean = downsample(batch["x"], 16)
+    same = (batch["lowres"] == clean).flatten(1).all(1)
+    assert 16 < int(same.sum()) < 48
+    assert 0 <= float(batch["aug_level"].min()) and 0.8 < float(batch["aug_level"].max()) < 1
+    half = batch_of(make("sr256", "sr256.stage.augment.max_level=0.5", "sr256.train.batch=64"), 0)
+    assert torch.allclose(half["aug_level"], batch["aug_level"] / 2)
+
+
+def test_cached_and_decoded_pictures_are_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for settings in ((), ("sr1024.train.crop_px=null",)):
+        decoded = batch_of(make("sr1024", *settings), 2)
+        with monkeypatch.context() as patch:
+            patch.setattr("train.batches.CACHED_PX", 64)
+            cached = batch_of(make("sr1024", *settings), 2)
+        assert all(torch.equal(cached[name], value) for name, value in decoded.items())
+
+
+def test_pictures_larger_than_the_stage_are_downsampled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage of 32 px whose pictures are decoded one by one sees whole pictures, not their corners."""
+    cached = batch_of(make("sr256"), 0)
+    monkeypatch.setattr("train.batches.CACHED_PX", 16)
+    assert torch.equal(batch_of(make("sr256"), 0)["x"], cached["x"])
+
+
+def test_groups_are_equal_for_the_same_caption_alone(make: Make, pictures: PictureSet) -> None:
+    maker = make("clip")
+    assert isinstance(maker, ClipMaker)
+    names = [(r["label"], r["style"]) for r in pictures.records]
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            assert (maker.groups[i] == maker.groups[j]) == (a == b)

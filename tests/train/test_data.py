@@ -1,0 +1,249 @@
+"""The picture set, the order of samples, and the caches of pixels and text."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cascade.errors import InputError
+from cascade.images import downsample, from_uint8, to_uint8
+from cascade.text.pair import PairEncoder
+from tests.conftest import WIDTH, ToyEncoder
+from tests.train.conftest import make_records, record, write_data
+from train import data
+from train.data import PictureSet, TextStore
+from train.recipe import DataConfig, Recipe
+
+
+def picture_set(folder: Path, **settings) -> PictureSet:
+    return PictureSet(DataConfig(folder=str(folder), **{"styles": ("noto", "fluent"), **settings}))
+
+
+def test_records_of_the_styles_and_their_split(data_folder: Path, pictures: PictureSet) -> None:
+    assert len(pictures.records) == 14
+    assert len(pictures.train) == 12 and len(pictures.heldout) == 2
+    assert set(pictures.train) & set(pictures.heldout) == set()
+    one = picture_set(data_folder, styles=("fluent",))
+    assert len(one.records) == 7 and {r["style"] for r in one.records} == {"fluent"}
+
+
+def test_caption_forms(pictures: PictureSet) -> None:
+    assert pictures.captions(0) == [
+        "red apple, noto style",
+        "red apple, thing, noto style",  # the tag "red" stands in the label already
+        "red apple",
+    ]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"text": "a"}', '{"text": "\xff"}'])
+def test_a_damaged_record_is_named(tmp_path: Path, line: str) -> None:
+    write_data(tmp_path, make_records()[:1])
+    with (tmp_path / "metadata.jsonl").open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(InputError, match="metadata.jsonl, line 2: ") as caught:
+        picture_set(tmp_path, styles=("noto",))
+    assert "\n" not in str(caught.value)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no data set in .*: build it with python -m train.data emoji"):
+        picture_set(tmp_path)
+    write_data(tmp_path, make_records())
+    with pytest.raises(InputError, match="unknown style 'fluet' .*did you mean 'fluent'"):
+        picture_set(tmp_path, styles=("fluet",))
+    write_data(tmp_path, [r | {"split": "heldout"} for r in make_records()])
+    with pytest.raises(InputError, match="expected records of split 'train', found none"):
+        picture_set(tmp_path)
+
+
+# -- order ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_plain_pictures_once_an_epoch_and_toned_ones_once_a_period(data_folder: Path, period: int) -> None:
+    pictures = picture_set(data_folder, toned_period=period)
+    plain = {i for i in pictures.train if pictures.records[i]["tone"] is None}
+    toned = set(pictures.train) - plain
+    assert len(plain) == 8 and len(toned) == 4
+    for start in (0, 3):  # any `period` epochs in a row
+        epochs = [pictures.epoch(1, number).tolist() for number in range(start, start + period)]
+        seen = Counter(i for epoch in epochs for i in epoch)
+        assert all(seen[i] == period for i in plain)
+        assert all(seen[i] == 1 for i in toned)
+        assert set(seen) == plain | toned  # nothing held out
+
+
+def test_a_style_of_period_p_takes_part_in_one_epoch_of_p(data_folder: Path) -> None:
+    pictures = picture_set(data_folder, toned_period=2, style_period={"fluent": 3})
+    seen = Counter(i for number in range(6) for i in pictures.epoch(1, number).tolist())
+    for i in pictures.train:
+        toned = 2 if pictures.records[i]["tone"] is not None else 1
+        assert seen[i] == 6 // (toned * (3 if pictures.records[i]["style"] == "fluent" else 1))
+
+
+def test_epochs_without_a_picture_are_passed_over(data_folder: Path) -> None:
+    pictures = picture_set(data_folder, styles=("noto",), style_period={"noto": 50})
+    order = pictures.order(0)
+    seen = Counter(order[p] for p in range(4))
+    assert seen.keys() <= set(pictures.train) and max(seen.values()) == 1
+
+
+def test_the_order_is_the_epochs_one_after_another(pictures: PictureSet) -> None:
+    order = pictures.order(7)
+    expected = np.concatenate([pictures.epoch(7, number) for number in range(5)])
+    assert [order[p] for p in range(len(expected))] == expected.tolist()
+
+
+def test_a_sample_is_a_function_of_seed_and_position(pictures: PictureSet) -> None:
+    order, again, other = pictures.order(7), pictures.order(7), pictures.order(8)
+    expected = [order[p] for p in range(60)]
+    assert [again[p] for p in reversed(range(60))] == expected[::-1]  # also when asked from the end
+    assert pickle.loads(pickle.dumps(again))[33] == expected[33]  # worker processes may be spawned
+    assert [other[p] for p in range(60)] != expected
+
+
+# -- pixels --------------------------------------------------------------------------------------------------
+
+
+def test_the_pixel_cache_holds_every_picture_downsampled(tmp_path: Path) -> None:
+    pictures = picture_set(write_data(tmp_path, make_records()))
+    cache = pictures.pixels(16)
+    assert cache.shape == (14, 16, 16, 3) and cache.dtype == np.uint8
+    for i in (0, 9):
+        expected = to_uint8(downsample(from_uint8(pictures.picture(i)), 16))
+        assert np.array_equal(cache[i], expected.permute(1, 2, 0).numpy())
+    assert torch.equal(pictures.resized(3, 64), pictures.picture(3))
+
+
+def test_a_cache_is_made_once_and_anew_for_another_data_set(tmp_path: Path) -> None:
+    records = make_records()
+    write_data(tmp_path, records)
+    before = np.array(picture_set(tmp_path).pixels(16))
+    path = tmp_path / "cache" / "fluent-noto-16.npy"
+    made = path.stat().st_mtime_ns
+    picture_set(tmp_path).pixels(16)
+    assert path.stat().st_mtime_ns == made
+
+    write_data(tmp_path, records[::-1])  # the same number of pictures, other pictures
+    after = picture_set(tmp_path).pixels(16)
+    assert not np.array_equal(before, after)
+    assert np.array_equal(after[4], picture_set(tmp_path).resized(4, 16).permute(1, 2, 0).numpy())
+    write_data(tmp_path, records[:-1])
+    assert len(picture_set(tmp_path).pixels(16)) == 13
+
+
+def test_an_interrupted_cache_leaves_nothing(tmp_path: Path) -> None:
+    pictures = picture_set(write_data(tmp_path, make_records()))
+    (tmp_path / pictures.records[5]["file_name"]).write_bytes(b"RIFF")
+    with pytest.raises(InputError, match="cannot read .*: not a whole picture"):
+        pictures.pixels(16)
+    assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / pictures.records[5]["file_name"]).unlink()
+    with pytest.raises(InputError, match="cannot read .*: No such file"):
+        pictures.pixels(16)
+
+
+def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+    pictures = picture_set(write_data(tmp_path, make_records()[:2]), styles=("noto",))
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.save(tmp_path / pictures.records[1]["file_name"], lossless=True, exact=True)
+    assert pictures.picture(1).unique().tolist() == [255]
+
+
+# -- text ----------------------------------------------------------------------------------------------------
+
+
+def test_the_text_store_is_the_encoder_in_half_precision(pictures: PictureSet, text: TextStore) -> None:
+    rows = [0, 3 * 5 + 1, 3 * 13 + 2]
+    captions = [pictures.captions(0)[0], pictures.captions(5)[1], pictures.captions(13)[2]]
+    stored, direct = text(rows).sequences[0], ToyEncoder()(captions).sequences[0]
+    assert torch.equal(stored.mask, direct.mask)
+    assert torch.equal(stored.states, direct.states.half().float())
+
+
+def test_captions_are_encoded_once_a_set_and_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Counting(ToyEncoder):
+        def __call__(self, prompts):
+            calls.append(len(prompts))
+            return super().__call__(prompts)
+
+    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: Counting())
+    pictures = picture_set(write_data(tmp_path, make_records()[:2]), styles=("noto",))
+    for _ in range(2):
+        TextStore(pictures, {"kind": "toy"})
+    assert calls == [6]
+    TextStore(pictures, {"kind": "toy", "other": 1})
+    assert calls == [6, 6]
+    write_data(tmp_path, [record("noto", "p0", "pear", None, "train"), make_records()[1]])
+    TextStore(picture_set(tmp_path, styles=("noto",)), {"kind": "toy"})
+    assert calls == [6, 6, 6]
+
+
+def test_an_interrupted_encoding_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = picture_set(write_data(tmp_path, make_records()[:2]), styles=("noto",))
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(np, "cumsum", fail)
+        with pytest.raises(KeyboardInterrupt):
+            TextStore(pictures, {"kind": "toy"})
+    text = TextStore(pictures, {"kind": "toy"})
+    assert text([0]).sequences[0].mask.any()
+
+
+def test_two_encoders_side_by_side(pictures: PictureSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = PairEncoder([ToyEncoder(), ToyEncoder(8)])
+    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: pair)
+    text = TextStore(pictures, {"kind": "pair"})
+    assert text.dims == (WIDTH, 8)
+    captions = [pictures.captions(2)[0]]
+    for stored, direct in zip(text([6]).sequences, pair(captions).sequences, strict=True):
+        assert torch.equal(stored.mask, direct.mask)
+        assert torch.equal(stored.states, direct.states.half().float())
+
+
+# -- command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_builds_checks_and_counts(
+    data_folder: Path,
+    tiny: Callable[..., Recipe],
+    recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = []
+    monkeypatch.setattr("train.emoji.build", lambda folder: done.append(("build", folder)))
+    monkeypatch.setattr("train.emoji.check", lambda folder: done.append(("check", folder)))
+    assert data.main([str(recipe_file)]) == 0
+    assert done == [("build", data_folder), ("check", data_folder)]
+    assert "12 training and 2 held-out pictures" in capsys.readouterr().out
+
+
+def test_the_command_refuses_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert data.main(["emojy"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "did you mean 'emoji'" in error
+    assert data.main([]) == 2
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    """Captions may hold characters at which str.splitlines would cut."""
+    write_data(tmp_path, [record("noto", "p0", "line\u2028separator", None, "train")])
+    rows = (tmp_path / "metadata.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(json.loads(rows), ensure_ascii=False) + "\n", "utf-8")
+    assert len(picture_set(tmp_path, styles=("noto",)).records) == 1

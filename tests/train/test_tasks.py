@@ -1,0 +1,203 @@
+"""What each stage trains and writes, and the model folder that comes of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from cascade import Cascade
+from cascade.checkpoint import load_component
+from cascade.errors import InputError
+from cascade.images import from_pil
+from cascade.text.pair import PairEncoder
+from tests.conftest import EMBED, WIDTH, ToyEncoder
+from tests.train.conftest import make_records, write_data
+from train.recipe import Recipe, StageRecipe
+from train.tasks import EMBEDS, ClipTask, PriorTask, StageTask, assemble, load_clip, make_task, tile
+
+Tiny = Callable[..., Recipe]
+
+
+def forward(task) -> torch.Tensor:
+    return task(task.make([0, 1, 2, 3], [0, 1, 2, 3]))
+
+
+def test_the_run_is_read_and_sampled_as_a_model(trained: Path) -> None:
+    pipe = Cascade.from_pretrained(trained / "model")
+    assert list(pipe.stages) == ["base", "sr256", "sr1024"]
+    assert pipe.prior is not None and pipe.clip is not None
+    out = pipe("red apple, noto style", seed=1)
+    assert out.images[0].size == (64, 64)
+    assert out.image_embed is not None and out.image_embed.shape == (1, EMBED)
+
+
+def test_the_model_holds_the_averages_in_bf16(trained: Path) -> None:
+    average = load_file(trained / "base-training" / "state-0000000024" / "ema.safetensors")
+    component = load_component(trained / "base", "Stage").tensors
+    model = load_component(trained / "model" / "base", "Stage").tensors
+    for name, tensor in average.items():
+        assert torch.equal(component[name], tensor)
+        assert torch.equal(model[name], tensor.bfloat16())
+
+
+def test_sampling_settings_are_those_of_the_recipe_of_today(
+    trained: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    for name in ("clip", "base"):
+        shutil.copytree(trained / name, tmp_path / name)
+    folder = assemble(tiny("base.stage.sampling.steps=1"), tmp_path)
+    pipe = Cascade.from_pretrained(folder)
+    assert list(pipe.stages) == ["base"] and pipe.prior is None
+    assert pipe.stages["base"].config.sampling.steps == 1
+
+
+def test_nothing_to_assemble(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no trained stage in .*: train --stage base first"):
+        assemble(tiny(), tmp_path)
+
+
+def test_embeddings_of_every_picture_stand_beside_the_clip(trained: Path, pictures) -> None:
+    embeds = load_file(trained / "clip" / EMBEDS)["embeds"]
+    assert embeds.shape == (14, EMBED)
+    clip = load_clip(trained)
+    x = torch.stack([pictures.resized(i, 16) for i in range(14)]).float() / 127.5 - 1
+    assert torch.allclose(clip.encode_image(x), embeds, atol=1e-5)
+    assert [p.name for p in (trained / "clip").glob("*.part")] == []
+
+
+@pytest.mark.parametrize("stage", ["prior", "base"])
+def test_later_stages_ask_for_the_clip_first(tiny: Tiny, tmp_path: Path, stage: str) -> None:
+    with pytest.raises(InputError, match="train --stage clip first"):
+        make_task(tiny(), tmp_path, stage)
+    assert forward(make_task(tiny(), tmp_path, stage, planning=True)).shape == (4,)
+
+
+def test_embeddings_of_another_data_set_are_refused(trained: Path, tiny: Tiny) -> None:
+    with pytest.raises(
+        InputError, match=r"are \(14, 16\): expected \(7, 16\) for this recipe: train --stage clip"
+    ):
+        make_task(tiny("data.styles=[noto]"), trained, "base")
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("clip", ["clip.model.text_dim=8"], r"clip.model.text_dim 8, text_sequence 0: expected .*\[24\]"),
+        ("clip", ["clip.model.text_sequence=1"], "clip.model.text_dim 24, text_sequence 1: expected"),
+        ("prior", ["prior.model.text_dim=8"], "prior.model.text_dim 8, text_sequence 0: expected"),
+        (
+            "prior",
+            ["prior.model.text_length=5"],
+            "text_length 5: expected at least the text encoder's 6 tokens",
+        ),
+        ("sr256", ["sr256.stage.unet.text_dims=[8]"], r"text_dims \[8\]: expected the text encoder's \[24\]"),
+    ],
+)
+def test_a_text_encoder_of_another_width_is_refused(
+    tiny: Tiny, trained: Path, stage: str, settings: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make_task(tiny(*settings), trained, stage)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_frozen_clip_stays_frozen(tiny: Tiny, trained: Path) -> None:
+    task = make_task(tiny(), trained, "prior")
+    assert isinstance(task, PriorTask)
+    task.train()
+    assert task.network.training and not task.clip.training
+    forward(task).mean().backward()
+    assert all(p.grad is None for p in task.clip.parameters())
+    assert all(p.grad is not None for p in task.network.parameters())
+
+
+def test_statistics_are_of_the_training_pictures(tiny: Tiny, trained: Path, pictures) -> None:
+    task = make_task(tiny(), trained, "prior")
+    embeds = load_file(trained / "clip" / EMBEDS)["embeds"][pictures.train]
+    assert torch.allclose(task.network.statistics.mean, embeds.mean(0), atol=1e-6)
+
+
+def test_a_stage_of_two_encoders_side_by_side(
+    tiny: Tiny, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sequence reaches the network, and each has a null of its own."""
+    pair = PairEncoder([ToyEncoder(), ToyEncoder(8)])
+    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: pair)
+    recipe = tiny("sr256.stage.unet.text_dims=[24, 8]", "sr256.train.text_drop=0.5", "text={kind: pair}")
+    task = make_task(recipe, trained, "sr256")
+    assert isinstance(task, StageTask)
+    torch.nn.init.normal_(
+        task.network.output.weight
+        if hasattr(task.network, "output")
+        else next(p for p in reversed(list(task.network.parameters())) if p.ndim == 4)
+    )  # zero at first: nothing would show
+    batch = task.make([0, 1, 2, 3], [0, 1, 2, 3])
+    whole = task(batch)
+    for column in range(2):
+        changed = batch["keep_text"].clone()
+        changed[:, column] = ~changed[:, column]
+        assert (task(batch | {"keep_text": changed}) != whole).all()
+
+
+def test_losses_are_one_a_sample_and_one_a_batch_for_the_clip(tiny: Tiny, trained: Path) -> None:
+    assert forward(make_task(tiny(), trained, "clip")).shape == (1,)
+    for stage in ("prior", "base", "sr256", "sr1024"):
+        losses = forward(make_task(tiny(), trained, stage))
+        assert losses.shape == (4,) and losses.dtype == torch.float32
+
+
+def test_the_clip_and_the_prior_have_no_grid(tiny: Tiny, trained: Path) -> None:
+    for stage in ("clip", "prior"):
+        task = make_task(tiny(), trained, stage)
+        assert task.grid(task.network.state_dict()) is None
+
+
+def test_grids_show_prompts_or_input_output_and_original(tiny: Tiny, trained: Path, pictures) -> None:
+    base = make_task(tiny(), trained, "base")
+    sheet = base.grid(base.network.state_dict())
+    assert sheet is not None and sheet.size == (8 * 18, 18)
+    assert sheet.tobytes() == base.grid(base.network.state_dict()).tobytes()  # type: ignore[union-attr]
+    sr = make_task(tiny(), trained, "sr256")
+    sheet = sr.grid(sr.network.state_dict())
+    assert sheet is not None and sheet.size == (3 * 34, 2 * 34)  # two held-out pictures
+    original = from_pil(sheet.crop((68, 0, 100, 32)))
+    assert torch.allclose(original, pictures.resized(pictures.heldout[0], 32).float() / 127.5 - 1)
+
+
+def test_without_held_out_pictures_the_grid_shows_training_pictures(
+    tiny: Tiny, trained: Path, tmp_path: Path
+) -> None:
+    write_data(tmp_path, [r | {"split": "train"} for r in make_records()[:3]])
+    task = make_task(tiny(f"data.folder={tmp_path}", "data.styles=[noto]"), trained, "sr256")
+    sheet = task.grid(task.network.state_dict())
+    assert sheet is not None and sheet.size == (3 * 34, 3 * 34)
+
+
+def test_tile() -> None:
+    x = torch.stack([torch.full((3, 4, 6), v) for v in (-1.0, 0.0, 1.0)])
+    sheet = tile(x, 2)
+    assert sheet.size == (2 * 8, 2 * 6)
+    assert [sheet.getpixel(place) for place in ((0, 0), (8, 0), (0, 6))] == [(v,) * 3 for v in (0, 128, 255)]
+    assert isinstance(sheet, Image.Image)
+
+
+def test_identity_is_what_a_state_depends_on(tiny: Tiny, trained: Path) -> None:
+    def identity(stage: str, *settings: str) -> dict:
+        return make_task(tiny(*settings), trained, stage).identity()
+
+    assert identity("base") == identity(
+        "base", "base.stage.sampling.steps=9", "base.stage.diffusion.weighting=none"
+    )
+    assert identity("base") != identity("base", "base.stage.diffusion.prediction=eps")
+    assert identity("prior") == identity("prior", "prior.model.steps=9", "prior.model.best_of=1")
+    assert identity("prior") != identity("prior", "prior.model.heads=1")
+    assert isinstance(tiny().base, StageRecipe) and WIDTH == 24
+    assert (
+        ClipTask.identity(make_task(tiny(), trained, "clip")) == make_task(tiny(), trained, "clip").config()
+    )  # type: ignore[arg-type]
