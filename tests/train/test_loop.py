@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -137,8 +138,8 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
     if settings:
-        plain = tensors(trained, "base")
-        assert any(not torch.equal(plain[key], value) for key, value in expected.items())  # dropout is on
+        plain, found = tensors(trained, "base"), tensors(tmp_path / "parts", "base")
+        assert any(not torch.equal(plain[key], found[key]) for key in plain)  # dropout is on
 
 
 def test_a_finished_run_writes_its_component_again(recipe_file: Path, trained: Path, tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("train: ")
-    pytest.importorskip("re").search(message, error) or pytest.fail(error)
+    assert re.search(message, error), error
 
 
 def test_a_batch_must_divide_by_the_processes(
@@ -263,6 +264,7 @@ PartialState().destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(recipe_file: Path, trained: Path, tmp_path: Path) -> None:
     """Contrastive loss over both halves of the batch, then a diffusion stage, in one process group."""
     with socket.socket() as probe:
@@ -297,5 +299,9 @@ def test_two_processes_train_what_one_does(recipe_file: Path, trained: Path, tmp
         for one, two in zip(records(trained, stage), records(tmp_path, stage), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         expected, found = tensors(trained, stage), tensors(tmp_path, stage)
-        gaps = {name: float((found[name] - expected[name]).abs().max()) for name in expected}
-        assert max(gaps.values()) < 1e-6, max(gaps.items(), key=lambda item: item[1])
+        slots = tensors(trained, stage, "optimizer")
+        for name, value in expected.items():
+            # softmax is blind to key biases: Adam would blow up the rounding of their gradient, which is zero
+            moved = slots[f"{name}/exp_avg_sq"] > 1e-16
+            gap = torch.where(moved, (found[name] - value).abs(), 0)
+            assert float(gap.max()) < 1e-6, name
