@@ -21,6 +21,9 @@ from cascade.config import AugmentConfig
 from cascade.errors import InputError, unknown
 from cascade.images import downsample, jpeg
 
+PICTURE_VARIANCE = (
+    0.5  # of pixels in [-1, 1]; only the share of noise that `residual_base` keeps depends on it
+)
 LevelSchedule = Literal["cosine", "linear"]
 
 
@@ -39,6 +42,18 @@ def condition_lowres(
         expected = f"{(len(lowres), 3, *size)} or {tuple(lowres.shape)}"
         raise InputError(f"noise: expected shape {expected}, got {tuple(noise.shape)}")
     return upsample(noise_lowres(lowres, level, noise, cfg.schedule), size, cfg.upsample)
+
+
+def residual_base(corrupted: Tensor, level: Tensor, cfg: AugmentConfig) -> Tensor:
+    """What a stage with `cfg.residual` is spared: its target is x_0 minus this, which is added to its result.
+
+    The best linear guess of x_0 from the corrupted picture alpha x + sigma noise: gain times that picture, with
+    gain = alpha v / (alpha^2 v + sigma^2) for pictures of variance v. At level 0 it is the enlarged picture
+    itself, at level 1 nothing, so a network never has to learn to copy its input or to undo its noise.
+    corrupted: B 3 H W, from `condition_lowres`; level: B."""
+    alpha, sigma = level_alpha_sigma(level, cfg.schedule)
+    gain = alpha * PICTURE_VARIANCE / (alpha**2 * PICTURE_VARIANCE + sigma**2)
+    return gain.to(corrupted.dtype)[:, None, None, None] * corrupted
 
 
 def upsample(

@@ -58,6 +58,7 @@ class AugmentConfig:
     blur_prob: float = 0.0  # share of examples that are blurred in training (CDM: 0.5)
     blur_sigma: tuple[float, float] = (0.4, 0.6)  # px of the low-resolution picture, 3x3 kernel
     degrade_prob: float = 0.0  # share of examples with BSR-style degradation in training
+    residual: bool = False  # diffuse what the low-resolution picture does not tell: see augment.residual_base
 
 
 @dataclass(frozen=True, kw_only=True)

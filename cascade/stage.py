@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade import random
-from cascade.augment import condition_lowres
+from cascade.augment import condition_lowres, residual_base
 from cascade.conditioning import Conditioning, TextEmbedding
 from cascade.config import SamplingConfig, StageConfig, from_dict, to_dict
 from cascade.diffusion.denoiser import Denoiser
@@ -180,11 +180,27 @@ class Stage(nn.Module):
         def step_noise(step: int) -> Tensor:
             return random.normal(shape, seeds, "step", name, step, device=device)
 
+        base = self._residual_base(conditioning)
+        report = on_step
+        if base is not None and on_step is not None:
+
+            def report(step: int, total: int, x0: Tensor) -> None:
+                on_step(step, total, x0 + base)
+
         x = random.normal(shape, seeds, "init", name).to(device).contiguous(memory_format=torch.channels_last)
         grid = self.schedule.grid(settings.steps, settings.spacing)
         sampler = SAMPLERS[settings.sampler]
-        x0 = sampler(guided, x, grid, noise=step_noise, on_step=on_step, eta=settings.eta)
+        x0 = sampler(guided, x, grid, noise=step_noise, on_step=report, eta=settings.eta)
+        x0 = x0 if base is None else x0 + base
         return x0.float().clamp(-1, 1).contiguous()
+
+    def _residual_base(self, conditioning: Conditioning) -> Tensor | None:
+        """What is added to the result of a stage that diffuses the residual of its input."""
+        augment = self.config.augment
+        if augment is None or not augment.residual:
+            return None
+        assert conditioning.lowres is not None and conditioning.aug_level is not None
+        return residual_base(conditioning.lowres.float(), conditioning.aug_level, augment)
 
     def _condition(
         self,

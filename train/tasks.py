@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade import Cascade, Stage
-from cascade.augment import condition_lowres
+from cascade.augment import condition_lowres, residual_base
 from cascade.checkpoint import load_component, load_tensors, save_component
 from cascade.conditioning import TextEmbedding
 from cascade.config import from_dict, to_dict
@@ -178,14 +178,16 @@ class StageTask(Task):
         return {"unet": to_dict(self.cfg.unet), "prediction": self.cfg.diffusion.prediction}
 
     def forward(self, batch: Batch) -> Tensor:
-        lowres = None
-        if self.cfg.augment is not None:
-            height, width = batch["x"].shape[-2:]
+        lowres, x, augment = None, batch["x"], self.cfg.augment
+        if augment is not None:
+            height, width = x.shape[-2:]
             level, noise = batch["aug_level"], batch["aug_noise"]
-            lowres = condition_lowres(batch["lowres"], (height, width), self.cfg.augment, level, noise)
+            lowres = condition_lowres(batch["lowres"], (height, width), augment, level, noise)
+            if augment.residual:
+                x = x - residual_base(lowres, level, augment)
         cond = conditioning_of(batch, lowres)
         logsnr = self.stage.schedule.logsnr(batch["t"]).float()
-        return diffusion_loss(self.stage.denoiser, batch["x"], cond, logsnr, batch["noise"])
+        return diffusion_loss(self.stage.denoiser, x, cond, logsnr, batch["noise"])
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         save_component(self.out / self.name, self.config(), tensors, "Stage")

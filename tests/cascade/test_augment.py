@@ -193,3 +193,21 @@ def test_truncated_process_has_the_noise_of_the_level():
     alpha, sigma = math.cos(math.pi / 2 * level), math.sin(math.pi / 2 * level)
     assert x.mean().item() == pytest.approx(alpha * mu, rel=0.01)
     assert x.var().item() == pytest.approx(alpha**2 * s**2 + sigma**2, rel=0.01)
+
+
+# -- residual base -------------------------------------------------------------------------------------------
+
+
+def test_residual_base_is_the_input_at_level_0_nothing_at_level_1_and_the_best_linear_guess_between():
+    cfg = AugmentConfig(residual=True)
+    generator = torch.Generator().manual_seed(0)
+    clean = augment.PICTURE_VARIANCE**0.5 * torch.randn(3, 3, 64, 64, generator=generator)
+    noise = torch.randn(3, 3, 64, 64, generator=generator)
+    level = torch.tensor([0.0, 0.4, 1.0])
+    corrupted = augment.noise_lowres(clean, level, noise)
+    base = augment.residual_base(corrupted, level, cfg)
+    assert torch.equal(base[0], clean[0])
+    assert base[2].abs().max() < 1e-6
+    error = (base[1] - clean[1]).square().mean()
+    for other in (0.9, 1.1):  # any other gain is worse on Gaussian data of that variance
+        assert (other * base[1] - clean[1]).square().mean() > error

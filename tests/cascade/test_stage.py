@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from cascade.augment import condition_lowres
+from cascade.augment import condition_lowres, upsample
 from cascade.conditioning import TextEmbedding
+from cascade.config import AugmentConfig, DiffusionConfig, SamplingConfig, StageConfig, UNetConfig
 from cascade.errors import InputError
 from cascade.pipeline import Cascade
 from cascade.stage import Stage, resolve_settings, seed_list
@@ -205,3 +206,32 @@ def test_seed_list() -> None:
 def test_settings_replace_the_defaults_and_keep_the_rest(base: Stage) -> None:
     chosen = resolve_settings(base.config, {"steps": 7})
     assert chosen.steps == 7 and chosen.guidance == base.config.sampling.guidance
+
+
+def test_a_residual_stage_starts_from_its_enlarged_input() -> None:
+    """With an untrained network (zero output) and EDM preconditioning the residual stays small."""
+    network = UNetConfig(
+        channels=(16,),
+        blocks=(1,),
+        strides=(1,),
+        self_attention=(False,),
+        text_attention=(False,),
+        lowres_channels=3,
+    )
+    stage = Stage(
+        StageConfig(
+            name="sr",
+            image_px=32,
+            lowres_px=8,
+            unet=network,
+            diffusion=DiffusionConfig(prediction="edm", sigma_data=0.05),
+            augment=AugmentConfig(residual=True),
+            sampling=SamplingConfig(steps=20),
+        )
+    )
+    lowres = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+    seen: list[torch.Tensor] = []
+    out = stage.sample(lowres=lowres, seed=0, on_step=lambda step, total, x0, rows: seen.append(x0))
+    apart = out - upsample(lowres, (32, 32))
+    assert 0 < apart.std() < 0.1
+    assert (seen[-1] - out).abs().max() < 0.2  # previews are pictures, not residuals

@@ -52,7 +52,9 @@ def test_names_buffers_and_loading() -> None:
     ema.update()
     state = ema.state_dict()
     assert state.keys() == net.state_dict().keys()
-    assert torch.equal(state["running_mean"], net.running_mean)  # buffers are the network's of now
+    assert torch.equal(
+        state["running_mean"], net.get_buffer("running_mean")
+    )  # buffers are the network's of now
     other = EMA(nn.BatchNorm1d(2), 0.5)
     other.load_state_dict(state, ema.updates)
     assert other.updates == 1
