@@ -47,7 +47,7 @@ def condition_lowres(
 def residual_base(corrupted: Tensor, level: Tensor, cfg: AugmentConfig) -> Tensor:
     """What a stage with `cfg.residual` is spared: its target is x_0 minus this, which is added to its result.
 
-    The best linear guess of x_0 from the corrupted picture alpha x + sigma noise: gain times that picture, with
+    The best linear guess of x_0 from the corrupted picture alpha x + sigma noise: gain times it, with
     gain = alpha v / (alpha^2 v + sigma^2) for pictures of variance v. At level 0 it is the enlarged picture
     itself, at level 1 nothing, so a network never has to learn to copy its input or to undo its noise.
     corrupted: B 3 H W, from `condition_lowres`; level: B."""
