@@ -264,7 +264,7 @@ def override(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         try:
             node[last] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
-            raise InputError(f"setting {setting!r}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"setting {setting!r}: not valid YAML ({str(error).splitlines()[0]})") from None
     return result
 
 

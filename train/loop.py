@@ -164,8 +164,10 @@ def print_plan(
 ) -> None:
     parameters = sum(p.numel() for p in task.network.parameters())
     state_gib = parameters * 4 * 5 / 2**30  # weights, gradients, two moments, average: float32
+    number = accelerator.num_processes
+    processes = "1 process" if number == 1 else f"{number} processes"
     console.print(
-        f"stage {task.name}: {accelerator.num_processes} processes on {accelerator.device.type}, "
+        f"stage {task.name}: {processes} on {accelerator.device.type}, "
         f"batch {cfg.batch}, precision {cfg.precision}, {parameters / 1e6:.1f}M parameters "
         f"({state_gib:.2f} GiB with optimiser and average), {flops / 1e9:.2f} GFLOP a forward, "
         f"{len(task.pictures.train)} training pictures, {cfg.images:,} images to train"

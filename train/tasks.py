@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.nn.functional as differentiable
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from cascade import Cascade, Stage
 from cascade.augment import condition_lowres, residual_base
@@ -97,8 +96,7 @@ class ClipTask(Task):
         assert isinstance(network, CLIP)
         scale = network.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
         image, caption, groups = (
-            torch.cat(differentiable.all_gather(part))
-            for part in (network.encode_image(images), network.encode_text(text), group)
+            gather(part) for part in (network.encode_image(images), network.encode_text(text), group)
         )
         return contrastive_loss(image, caption, scale, groups)
 
@@ -113,6 +111,30 @@ class ClipTask(Task):
         path = self.out / "clip" / EMBEDS
         save_file({"embeds": embeds}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes, one process after the other. Backward: the sum over processes of the gradient of
+    one's own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        distributed.all_reduce(total)
+        return total.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """B ... of each of N processes to N B ..., differentiable."""
+    gathered = _Gather.apply(rows)
+    assert isinstance(gathered, Tensor)
+    return gathered
 
 
 class PriorTask(Task):

@@ -293,7 +293,6 @@ PartialState().destroy_process_group()
 """
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(recipe_file: Path, trained: Path, tmp_path: Path) -> None:
     """Contrastive loss over both halves of the batch, then a diffusion stage, in one process group."""
     with socket.socket() as probe:
@@ -308,7 +307,7 @@ def test_two_processes_train_what_one_does(recipe_file: Path, trained: Path, tmp
     common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LAUNCHED, str(recipe_file), str(tmp_path)],
+            [sys.executable, "-W", "error", "-c", LAUNCHED, str(recipe_file), str(tmp_path)],
             cwd=ROOT,
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
