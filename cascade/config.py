@@ -235,9 +235,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
     try:
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise InputError(
             f"{path} is not valid {path.suffix[1:].upper()}: {str(error).splitlines()[0]}"
         ) from None
