@@ -56,6 +56,13 @@ def residual_base(corrupted: Tensor, level: Tensor, cfg: AugmentConfig) -> Tenso
     return gain.to(corrupted.dtype)[:, None, None, None] * corrupted
 
 
+def residual_variance(level: Tensor, cfg: AugmentConfig) -> Tensor:
+    """How much the noise of each level B adds to the variance of the residual: the error of the best linear
+    guess above, v sigma^2 / (alpha^2 v + sigma^2), B. It is 0 at level 0 and v at level 1."""
+    alpha, sigma = level_alpha_sigma(level, cfg.schedule)
+    return PICTURE_VARIANCE * sigma**2 / (alpha**2 * PICTURE_VARIANCE + sigma**2)
+
+
 def upsample(
     lowres: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from cascade import Cascade, Stage
-from cascade.augment import condition_lowres, residual_base
+from cascade.augment import condition_lowres, residual_base, residual_variance
 from cascade.checkpoint import load_component, load_tensors, save_component
 from cascade.conditioning import TextEmbedding
 from cascade.config import from_dict, to_dict
@@ -200,16 +200,19 @@ class StageTask(Task):
         return {"unet": to_dict(self.cfg.unet), "prediction": self.cfg.diffusion.prediction}
 
     def forward(self, batch: Batch) -> Tensor:
-        lowres, x, augment = None, batch["x"], self.cfg.augment
+        lowres, x, augment, weight = None, batch["x"], self.cfg.augment, 1.0
         if augment is not None:
             height, width = x.shape[-2:]
             level, noise = batch["aug_level"], batch["aug_noise"]
             lowres = condition_lowres(batch["lowres"], (height, width), augment, level, noise)
             if augment.residual:
                 x = x - residual_base(lowres, level, augment)
+                # else the noisiest inputs, whose residuals are the largest, would be nearly all of the loss
+                variance = self.cfg.diffusion.sigma_data**2
+                weight = (variance / (variance + residual_variance(level, augment))).float()  # B
         cond = conditioning_of(batch, lowres)
         logsnr = self.stage.schedule.logsnr(batch["t"]).float()
-        return diffusion_loss(self.stage.denoiser, x, cond, logsnr, batch["noise"])
+        return weight * diffusion_loss(self.stage.denoiser, x, cond, logsnr, batch["noise"])
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         save_component(self.out / self.name, self.config(), tensors, "Stage")

@@ -198,7 +198,7 @@ def test_truncated_process_has_the_noise_of_the_level():
 # -- residual base -------------------------------------------------------------------------------------------
 
 
-def test_residual_base_is_the_input_at_level_0_nothing_at_level_1_and_the_best_linear_guess_between():
+def test_residual_base_is_the_input_at_level_0_nothing_at_level_1_and_the_best_linear_guess_between() -> None:
     cfg = AugmentConfig(residual=True)
     generator = torch.Generator().manual_seed(0)
     clean = augment.PICTURE_VARIANCE**0.5 * torch.randn(3, 3, 64, 64, generator=generator)
@@ -211,3 +211,5 @@ def test_residual_base_is_the_input_at_level_0_nothing_at_level_1_and_the_best_l
     error = (base[1] - clean[1]).square().mean()
     for other in (0.9, 1.1):  # any other gain is worse on Gaussian data of that variance
         assert (other * base[1] - clean[1]).square().mean() > error
+    variance = augment.residual_variance(level, cfg)
+    assert variance.tolist() == pytest.approx([0.0, error.item(), augment.PICTURE_VARIANCE], rel=0.02)

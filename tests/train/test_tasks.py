@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cascade import Cascade
+from cascade.augment import condition_lowres, residual_base, residual_variance
 from cascade.checkpoint import load_component
 from cascade.errors import InputError
 from cascade.images import from_pil
@@ -115,6 +116,25 @@ def test_the_frozen_clip_stays_frozen(tiny: Tiny, trained: Path) -> None:
     forward(task).mean().backward()
     assert all(p.grad is None for p in task.clip.parameters())
     assert all(p.grad is not None for p in task.network.parameters())
+
+
+def test_every_level_of_a_residual_stage_counts_alike(tiny: Tiny, trained: Path) -> None:
+    """An untrained stage guesses a residual of 0: where x_t is all noise its unweighted loss is the mean square
+    of the residual over sigma_data^2, which grows from level 0 to 1 and whose growth the weight takes out."""
+    diffusion = "{prediction: edm, sigma_data: 0.2, weighting: none}"
+    settings = ["sr256.stage.augment.residual=true", f"sr256.stage.diffusion={diffusion}"]
+    task = make_task(tiny(*settings), trained, "sr256")
+    assert isinstance(task, StageTask)
+    batch = task.make([0, 0, 0], [0, 0, 0])
+    level = torch.tensor([0.0, 0.5, 1.0])
+    batch |= {"t": torch.ones(3, dtype=torch.float64), "aug_level": level}
+    cfg, size = task.cfg.augment, batch["x"].shape[-2:]
+    assert cfg is not None
+    lowres = condition_lowres(batch["lowres"], tuple(size), cfg, level, batch["aug_noise"])
+    residual = batch["x"] - residual_base(lowres, level, cfg)
+    loss = residual.square().flatten(1).mean(1) / (0.2**2 + residual_variance(level, cfg))
+    with torch.no_grad():
+        assert torch.allclose(task(batch), loss.float(), rtol=1e-3)
 
 
 def test_statistics_are_of_the_training_pictures(tiny: Tiny, trained: Path, pictures) -> None:
