@@ -119,8 +119,8 @@ def test_the_frozen_clip_stays_frozen(tiny: Tiny, trained: Path) -> None:
 
 
 def test_every_level_of_a_residual_stage_counts_alike(tiny: Tiny, trained: Path) -> None:
-    """An untrained stage guesses a residual of 0: where x_t is all noise its unweighted loss is the mean square
-    of the residual over sigma_data^2, which grows from level 0 to 1 and whose growth the weight takes out."""
+    """An untrained stage guesses a residual of 0: where x_t is all noise its plain loss is the residual's
+    mean square over sigma_data^2, which grows from level to level, and the weight takes that growth out."""
     diffusion = "{prediction: edm, sigma_data: 0.2, weighting: none}"
     settings = ["sr256.stage.augment.residual=true", f"sr256.stage.diffusion={diffusion}"]
     task = make_task(tiny(*settings), trained, "sr256")
