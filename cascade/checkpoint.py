@@ -21,17 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade import __version__
 from cascade.config import read_mapping
 from cascade.errors import InputError, unknown
+from cascade.pretrained.source import STEMS, few, read_tensors
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHARDS = "diffusion_pytorch_model.safetensors.index.json"
+WEIGHTS = f"{STEMS[0]}.safetensors"
 INDEX = "model_index.json"
 TEXT_ENCODER = (
     "text_encoder"  # key of the reference, and subfolder where the encoder's files are kept with the model
@@ -87,7 +86,7 @@ def load_component(folder: str | Path, class_name: str | None = None, device: st
     if class_name is not None and found != class_name:
         raise InputError(f"{folder / CONFIG}: expected class {class_name}, found {found!r}")
     settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    return Component(str(found), settings, _read_tensors(folder, device))
+    return Component(str(found), settings, read_tensors(folder, device=device, stems=STEMS[:1]))
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
@@ -103,40 +102,10 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str | 
             if name in tensors and tensors[name].shape != wanted[name].shape
         ],
     }
-    found = [f"{kind}: {_few(names)}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {few(names)}" for kind, names in problems.items() if names]
     if found:
         raise InputError(f"weights of {where} do not fit its config ({'; '.join(found)})")
     module.load_state_dict(dict(tensors), strict=True, assign=any(t.is_meta for t in wanted.values()))
-
-
-def _read_tensors(folder: Path, device: str) -> dict[str, Tensor]:
-    if not (folder / SHARDS).exists():
-        return _read_file(folder / WEIGHTS, device)
-    weight_map = read_mapping(folder / SHARDS).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise InputError(f"{folder / SHARDS}: expected a weight_map from tensor to file name")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise InputError(f"{folder / SHARDS}: expected file names without a folder, got {name!r}")
-        tensors |= _read_file(folder / name, device)
-    missing = sorted(weight_map.keys() - tensors.keys())
-    if missing:
-        raise InputError(f"shards of {folder} lack tensors listed in {SHARDS}: {_few(missing)}")
-    return tensors
-
-
-def _read_file(path: Path, device: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"missing file {path}")
-    try:
-        return load_file(path, device=device)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or not safetensors ({str(error).splitlines()[0]})") from None
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # -- whole models ------------------------------------------------------------------------------------------

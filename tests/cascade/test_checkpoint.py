@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cascade import checkpoint
-from cascade.checkpoint import CONFIG, INDEX, SHARDS, WEIGHTS
+from cascade.checkpoint import CONFIG, INDEX, WEIGHTS
 from cascade.errors import InputError
 from cascade.pipeline import Cascade
 from tests.conftest import ToyEncoder, tiny_stage
+
+SHARDS = f"{WEIGHTS}.index.json"
 
 
 def refused(folder: Path, message: str) -> None:

@@ -1,0 +1,1 @@
+"""Readers of public weights. Nothing here is imported by `import cascade`."""
