@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from cascade.config import to_dict
-from cascade.errors import InputError, unknown
+from cascade.errors import InputError
 from train.recipe import ORDER, Recipe, load_recipe
 
 MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes and speaks
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.settings)
-        if arguments.stage is not None and arguments.stage not in ORDER:
-            raise unknown("stage", arguments.stage, ORDER)
+        if arguments.stage is not None:
+            recipe.of(arguments.stage)  # refuses one that the recipe does not train
         run(recipe, arguments)
     except InputError as error:
         if MAIN:
@@ -56,7 +56,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(recipe.out.replace("{name}", recipe.name))
     try:
         if not arguments.assemble:
-            for stage in [arguments.stage] if arguments.stage else ORDER:
+            for stage in [arguments.stage] if arguments.stage else recipe.stages:
                 if MAIN and not arguments.dry_run:
                     record(recipe, out, out / f"{stage}-training")
                 fit(recipe, stage, out, dry_run=arguments.dry_run, smoke=arguments.smoke)

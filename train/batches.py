@@ -14,7 +14,7 @@ from cascade.augment import corrupt_training
 from cascade.conditioning import Conditioning, TextEmbedding, Tokens
 from cascade.images import downsample, from_uint8
 from train.data import PictureSet, TextStore
-from train.recipe import Recipe, StageRecipe
+from train.recipe import ClipRecipe, Recipe, StageRecipe
 
 Batch = dict[str, Tensor]
 CACHED_PX = 256  # larger pictures are decoded one by one: all of them would fit neither memory nor disk
@@ -51,7 +51,7 @@ class Maker:
 
     def __init__(self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore) -> None:
         self.recipe, self.stage, self.pictures, self.text = recipe, stage, pictures, text
-        self.train = recipe.of(stage).train
+        self.train = recipe.train_of(stage)
         self.order = pictures.order(random.key(recipe.seed, "order", stage))
 
     def samples(self, positions: list[int]) -> list[int]:
@@ -86,7 +86,9 @@ class Maker:
 class ClipMaker(Maker):
     def __init__(self, recipe: Recipe, pictures: PictureSet, text: TextStore) -> None:
         super().__init__(recipe, "clip", pictures, text)
-        self.images = pictures.pixels(recipe.clip.model.image_px)
+        part = recipe.of("clip")
+        assert isinstance(part, ClipRecipe)
+        self.images = pictures.pixels(part.model.image_px)
         # the same label in the same style is the same caption
         numbers: dict[tuple[str, str], int] = {}
         self.groups = [numbers.setdefault((r["label"], r["style"]), len(numbers)) for r in pictures.records]

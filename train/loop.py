@@ -49,7 +49,7 @@ def fit(recipe: Recipe, stage: str, out: Path, *, dry_run: bool = False, smoke: 
 
     Raises InputError where the recipe, the data or OUT do not allow it or the loss is not finite, and
     KeyboardInterrupt after a SIGTERM, when the state is saved."""
-    cfg = recipe.of(stage).train
+    cfg = recipe.train_of(stage)
     AcceleratorState._reset_state()  # a stage before may differ in precision; the process group stays
     accelerator = Accelerator(
         mixed_precision=cfg.precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]

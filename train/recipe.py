@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cascade.config import StageConfig, from_dict, override, read_mapping
+from cascade.config import StageConfig, from_dict, override, read_mapping, to_dict
 from cascade.errors import InputError, unknown
+from cascade.nn.presets import PRESETS
 from cascade.nn.unet import check as check_unet
 from cascade.stage import resolve_settings
 from prior.clip import ClipConfig
 from prior.diffusion import PriorConfig
+from prior.pretrained_clip import OpenClipConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 ORDER = ("clip", "prior", "base", "sr256", "sr1024")  # of training: later ones build on earlier ones
+WHOLE = ("data", "text")  # keys of a recipe that say what kind they are: one extends no other kind's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,37 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685) in place of the weights: W + alpha / rank B A."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    # names of the linear and convolution layers that get one; default: every projection of every attention
+    targets: tuple[str, ...] = ("q", "k", "v", "kv", "kv_context", "qkv", "out")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank}: expected an integer of at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha {self.alpha}: expected a number above 0")
+        if not self.targets:
+            raise ValueError("targets is empty: expected names of layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What the validation loss is measured on: so many held-out pictures, each at every noise level."""
+
+    pictures: int = 32
+    levels: int = 8  # t = (level + 1/2) / levels
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "levels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one stage is trained. Lengths are in training images, so that they hold at any batch size."""
 
@@ -68,10 +102,19 @@ class TrainConfig:
     log_images: int = 5_000
     save_images: int = 50_000
     grid_images: int = 50_000
+    validate_images: int = 50_000
+    # a model folder, a stage's folder or a hub id whose weights the stage starts from; with images: 0 the
+    # stage is taken as it is
+    init_from: str | None = None
+    lora: LoraConfig | None = None  # train adapters on the weights of init_from, which stay as they are
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "crops_per_picture", "log_images", "save_images", "grid_images"):
+        least = 0 if self.init_from else 1
+        self._expect("images", self.images >= least, f"an integer of at least {least}")
+        for name in ("batch", "crops_per_picture", "log_images", "save_images", "grid_images"):
             self._expect(name, getattr(self, name) >= 1, "an integer of at least 1")
+        self._expect("validate_images", self.validate_images >= 1, "an integer of at least 1")
+        self._expect("lora", not self.lora or self.init_from, "init_from, the weights that are adapted")
         for name in ("warmup_images", "cooldown_images", "workers"):
             self._expect(name, getattr(self, name) >= 0, "an integer of at least 0")
         self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
@@ -91,8 +134,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRecipe:
+    """A CLIP to train, or one of open_clip as it is."""
+
     model: ClipConfig = field(default_factory=ClipConfig)
-    train: TrainConfig
+    pretrained: OpenClipConfig | None = None
+    train: TrainConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pretrained is None) == (self.train is None):
+            raise ValueError("expected either train or pretrained")
+
+    @property
+    def embed_dim(self) -> int:
+        return (self.pretrained or self.model).embed_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,47 +171,108 @@ class Recipe:
     text: dict[str, Any]  # reference of the frozen text encoder (cascade.text.load_text_encoder)
     data: DataConfig
     grid_prompts: tuple[str, ...]
-    clip: ClipRecipe
-    prior: PriorRecipe
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside log.jsonl
+    validation: ValidationConfig = ValidationConfig()
+    clip: ClipRecipe | None = None
+    prior: PriorRecipe | None = None
     base: StageRecipe
-    sr256: StageRecipe
-    sr1024: StageRecipe
+    sr256: StageRecipe | None = None
+    sr1024: StageRecipe | None = None
 
     def __post_init__(self) -> None:
         if not self.grid_prompts:
             raise ValueError("grid_prompts is empty: expected at least one prompt")
+        if self.sr1024 is not None and self.sr256 is None:
+            raise ValueError("sr1024 without sr256: expected the stage below it")
+        images = self.base.stage.unet.image_embed_dim is not None
+        if self.clip is None and (self.prior is not None or images):
+            raise ValueError("missing key 'clip', whose embeddings prior and base.stage.unet take")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What there is to train, in order."""
+        parts = {name: getattr(self, name) for name in ORDER}
+        return tuple(name for name, part in parts.items() if part is not None and part.train is not None)
 
     def of(self, stage: str) -> ClipRecipe | PriorRecipe | StageRecipe:
-        if stage not in ORDER:
-            raise unknown("stage", stage, ORDER)
+        if stage not in self.stages:
+            raise unknown("stage", stage, self.stages)
         return getattr(self, stage)
+
+    def train_of(self, stage: str) -> TrainConfig:
+        train = self.of(stage).train
+        assert train is not None
+        return train
+
+    @property
+    def pictures(self) -> dict[str, StageRecipe]:
+        """The stages that draw pictures, from small to large."""
+        parts = {"base": self.base, "sr256": self.sr256, "sr1024": self.sr1024}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def load_recipe(source: str, settings: list[str] | None = None) -> Recipe:
     """Read a recipe by name (train/recipes/NAME.yaml) or path, with `a.b=c` settings on top.
 
-    Raises InputError for a recipe that is not there, an unknown key (with the nearest), a value out of range,
-    and stages that do not fit each other."""
-    path = Path(source)
-    if not path.suffix:
-        path = RECIPES / f"{source}.yaml"
-        if not path.exists():
-            raise unknown("recipe", source, sorted(p.stem for p in RECIPES.glob("*.yaml")))
-    recipe = from_dict(Recipe, override(read_mapping(path), settings or []), where="recipe")
-    width = recipe.clip.model.embed_dim
-    if recipe.prior.model.embed_dim != width:
+    `extends: NAME` at its top fills in from another recipe what it does not say itself, and `preset: NAME`
+    in a stage from a stage of published size (cascade.nn.presets). Raises InputError for a recipe that is not
+    there, an unknown key (with the nearest), a value out of range, and stages that do not fit each other."""
+    data = override(_read(source), settings or [])
+    for name in ("base", "sr256", "sr1024"):
+        if isinstance(part := data.get(name), dict) and isinstance(part.get("stage"), dict):
+            part["stage"] = _from_preset(name, part["stage"])
+    recipe = from_dict(Recipe, data, where="recipe")
+    width = None if recipe.clip is None else recipe.clip.embed_dim
+    if recipe.prior is not None and recipe.prior.model.embed_dim != width:
         found = recipe.prior.model.embed_dim
         raise InputError(f"recipe.prior.model.embed_dim {found}: expected clip.model.embed_dim, {width}")
     below = None
-    for name in ("base", "sr256", "sr1024"):
-        part = recipe.of(name)
-        assert isinstance(part, StageRecipe)
+    for name, part in recipe.pictures.items():
         _check_stage(f"recipe.{name}", name, part, width, below)
         below = part.stage
     return recipe
 
 
-def _check_stage(where: str, name: str, part: StageRecipe, embed_dim: int, below: StageConfig | None) -> None:
+def _read(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's mapping on top of that of the recipe it extends."""
+    path = Path(source)
+    if not path.suffix:
+        path = RECIPES / f"{source}.yaml"
+        if not path.exists():
+            raise unknown("recipe", source, sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    data = read_mapping(path)
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str) or base in seen:
+        raise InputError(f"{path}: extends {base!r}: expected the name of a recipe that does not extend it")
+    return merge(_read(base, (*seen, source, base)), data, WHOLE)
+
+
+def _from_preset(where: str, stage: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a stage on top of those of its preset, if it names one."""
+    name = stage.get("preset")
+    if name is None:
+        return stage
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS, where=f"recipe.{where}.stage")
+    own = {key: value for key, value in stage.items() if key != "preset"}
+    return merge(to_dict(PRESETS[name]), own)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Nested `above` on top of `below`; the mappings named in `whole` are taken from one of them alone."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict) and key not in whole
+        result[key] = merge(old, value) if both else value
+    return result
+
+
+def _check_stage(
+    where: str, name: str, part: StageRecipe, embed_dim: int | None, below: StageConfig | None
+) -> None:
     """Refuse a stage that does not fit the CLIP or the stage `below` it (None: it is the first)."""
     cfg, unet, crop = part.stage, part.stage.unet, part.train.crop_px
 
@@ -168,6 +283,8 @@ def _check_stage(where: str, name: str, part: StageRecipe, embed_dim: int, below
     check_unet(unet)
     resolve_settings(cfg, {})
     expect("stage.name", cfg.name, cfg.name == name, repr(name))
+    wanted, found = (6 if cfg.diffusion.learned_variance else 3), unet.out_channels
+    expect("stage.unet.out_channels", found, found == wanted, f"{wanted}, as diffusion.learned_variance says")
     dim = unet.image_embed_dim
     expect("stage.unet.image_embed_dim", dim, dim in (None, embed_dim), f"clip.model.embed_dim, {embed_dim}")
     size, side, factor, channels = unet.patch * math.prod(unet.strides), crop or cfg.image_px, 1, 0

@@ -121,3 +121,10 @@ IF_I_XL = StageConfig(
         threshold_cap=1.5,
     ),
 )
+
+PRESETS = {  # as recipes name them
+    "imagen-base-2b": IMAGEN_BASE_2B,
+    "imagen-sr-600m": IMAGEN_SR_600M,
+    "imagen-sr-400m": IMAGEN_SR_400M,
+    "if-i-xl": IF_I_XL,
+}

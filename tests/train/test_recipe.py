@@ -114,7 +114,7 @@ def test_unknown_names_get_the_nearest(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     data = tiny_recipe(tmp_path, tmp_path)
-    del data["prior"]
+    del data["base"]
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
-    with pytest.raises(InputError, match="recipe: missing key 'prior'"):
+    with pytest.raises(InputError, match="recipe: missing key 'base'"):
         load_recipe(str(tmp_path / "r.yaml"))
