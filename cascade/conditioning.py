@@ -36,6 +36,12 @@ class TextEmbedding:
         """Rows of the batch; `index` is a slice, a list or an integer tensor."""
         return self._map(lambda x: x[index])
 
+    def select(self, sequences: tuple[int, ...] | None) -> TextEmbedding:
+        """Some of the token sequences, by place; None: all."""
+        if sequences is None:
+            return self
+        return TextEmbedding(tuple(self.sequences[i] for i in sequences), self.pooled)
+
     def repeat(self, times: int) -> TextEmbedding:
         """Each row `times` times in a row (a a b b), the order in which the pipeline draws pictures."""
         return self._map(lambda x: x.repeat_interleave(times, dim=0))
@@ -69,6 +75,9 @@ class Conditioning:
     image_embed: Tensor | None = None  # B D_clip
     lowres: Tensor | None = None  # B 3 H W, already at the stage's size and corrupted to aug_level
     aug_level: Tensor | None = None  # B, in [0, 1]
+    inpaint: Tensor | None = (
+        None  # B 4 H W, the known part: the picture times its mask, and the mask (1: known)
+    )
     text_keep: Tensor | None = None  # B S bool, one column a token sequence; None keeps all
     image_keep: Tensor | None = None  # B bool; None keeps all
 

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 Prediction = Literal["v", "eps", "x0", "edm"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"]
+Spacing = Literal["t", "logsnr", "edm", "leading", "linspace"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,11 @@ class DiffusionConfig:
 class AugmentConfig:
     """Corruption of the low-resolution input (Imagen 2.4, CDM 4.4, unCLIP appendix C)."""
 
-    upsample: Literal["bicubic", "bilinear"] = "bicubic"
+    upsample: Literal["bicubic", "bilinear", "bilinear_aligned"] = "bicubic"  # aligned: by corners (IF)
+    eight_bit: bool = False  # round the low-resolution picture to 8 bits first (GLIDE)
     max_level: float = 1.0  # training draws aug_level from U(0, max_level)
-    schedule: Literal["cosine", "linear"] = "cosine"  # variance-preserving noise at a level
+    # variance-preserving noise at a level; on a discrete grid level a is step floor(1000 a) (DeepFloyd IF)
+    schedule: Literal["cosine", "linear", "discrete_cosine", "discrete_linear"] = "cosine"
     blur_prob: float = 0.0  # share of examples that are blurred in training (CDM: 0.5)
     blur_sigma: tuple[float, float] = (0.4, 0.6)  # px of the low-resolution picture, 3x3 kernel
     degrade_prob: float = 0.0  # share of examples with BSR-style degradation in training
@@ -67,7 +70,8 @@ class SamplingConfig:
 
     sampler: SamplerName = "dpmpp_2m"
     steps: int = 25
-    spacing: Literal["t", "logsnr", "edm"] = "t"  # grid uniform in t, in log-SNR, or EDM's rho = 7
+    spacing: Spacing = "t"  # grid uniform in t, in log-SNR, or EDM's rho = 7; two more of discrete schedules
+    respacing: str | None = None  # of a discrete schedule, in place of steps and spacing: "10,10,5", "fast27"
     eta: float = 1.0  # stochasticity of ddim and dpmpp_2m_sde
     guidance: float = 1.0  # w of uncond + w (cond - uncond); 1 is off
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # of t, in which guidance is applied
@@ -77,11 +81,27 @@ class SamplingConfig:
     threshold_percentile: float = 0.995  # dynamic thresholding (Imagen 2.3)
     threshold_cap: float = math.inf  # upper bound of the dynamic threshold (DeepFloyd IF)
     aug_level: float = 0.0  # noise level of the low-resolution input
+    lowres_noise: Literal["once", "step"] = "once"  # step: anew at each step and half of guidance
+    temperature: float = 1.0  # scale of the initial noise (GLIDE's upsampler: 0.997)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTransformerConfig:
+    """A transformer over token ids that is part of the network and trained with it (GLIDE)."""
+
+    vocab: int
+    length: int = 128
+    width: int = 512
+    layers: int = 16
+    heads: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """A U-Net of the Imagen / ADM family. Tuples have one entry a level, from high to low resolution."""
+    """A U-Net of the Imagen / ADM family. Tuples have one entry a level, from high to low resolution.
+
+    The fields describe this project's own networks and the public ones alike; `cascade.pretrained` translates
+    the configurations of the latter."""
 
     in_channels: int = 3
     out_channels: int = 3  # 6 with learned variance
@@ -95,21 +115,37 @@ class UNetConfig:
     # efficient: strided conv before the blocks, up conv after, one skip, one attention a level (Imagen B.1)
     # adm: resampling residual blocks after the blocks, a skip and an attention a block, a middle block
     # (arXiv:2105.05233)
-    head_channels: int = 64
+    middle_blocks: int = 2  # adm: residual blocks below the deepest level, an attention after the first
+    middle_attention: tuple[bool, bool] | None = None  # adm: to itself, to tokens; None: as the deepest level
+    head_channels: int | tuple[int, ...] = 64  # width of an attention head; a tuple where levels differ
+    stem_kernel: int = 3  # of the first convolution
     norm: Literal["group", "rms"] = "group"
-    act: Literal["silu", "gelu"] = "silu"
+    norm_groups: int = 32
+    act: Literal["silu", "gelu", "gelu_tanh", "mish", "relu"] = "silu"
+    modulation: Literal["scale_shift", "shift"] = "scale_shift"  # how the conditioning vector enters a block
     residual_scale: float = 1.0  # of the residual sum (IF stage II: 1/sqrt(2))
     skip_scale: float = 1.0  # of the long U-Net skips (Imagen B.1: 1/sqrt(2))
     time_dim: int | None = None  # width of the conditioning vector; None: 4 * channels[0]
     text_dims: tuple[int, ...] = ()  # widths of the token sequences; () is a network without text
+    text_transformer: TextTransformerConfig | None = None  # then text_dims is (1,): the sequence holds ids
+    text_masked: bool = True  # False: padding is attended to and pooled as any token is (DeepFloyd IF, GLIDE)
     context_dim: int | None = None  # width to which the tokens are projected; None: no projection layer
+    context_norm: Literal["layer", "group", "projected", "none"] = "layer"
+    # layer: of each token, in each attention; group: likewise, over all tokens (DeepFloyd IF);
+    # projected: once, after the projection of text (Karlo)
+    text_pool: Literal["attention", "last", "none"] = "attention"  # how text enters the conditioning vector
     pool_heads: int = 8  # heads of the attention pooling of text
     pool_projected: bool = False  # pool the projected tokens instead of the encoder's own
     learned_null: bool = True  # learned null text; False: the null is the encoded empty prompt
+    text_embed_dim: int | None = None  # CLIP text embedding, added to the conditioning vector (Karlo)
     image_embed_dim: int | None = None  # CLIP image embedding
     image_embed_scale: float = 1.0  # sqrt(dim) brings a unit-norm embedding to unit variance
     image_tokens: int = 4  # tokens made of the image embedding (unCLIP 2.1)
+    image_vector: Literal["linear", "mlp"] = "linear"  # how it enters the conditioning vector
+    image_null: bool = True  # learned null image embedding; False: the null is zero
     lowres_channels: int = 0  # 3 in a super-resolution stage
+    aug_embedding: bool = True  # such a stage is told its aug level; False: not (Karlo, GLIDE)
+    inpaint_channels: int = 0  # 4 in an inpainting network: the picture times its mask, and the mask
     position_grid: int = (
         0  # side of the first level's learned position map; 0: none, positions come from padding
     )
@@ -124,6 +160,8 @@ class StageConfig:
     image_px: int
     lowres_px: int | None = None
     unet: UNetConfig
+    last_unet: UNetConfig | None = None  # a second network, for the last step alone (Karlo)
+    text_sequences: tuple[int, ...] | None = None  # which token sequences of the text it reads; None: all
     diffusion: DiffusionConfig = DiffusionConfig()
     augment: AugmentConfig | None = None
     sampling: SamplingConfig = SamplingConfig()

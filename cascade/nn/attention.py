@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -26,6 +27,20 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
+class TokenGroupNorm(nn.GroupNorm):
+    """Group norm of a token sequence, B L C: its statistics run over all tokens, padding included."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that torch gives it)
+        return super().forward(input.transpose(1, 2)).transpose(1, 2)
+
+
+def token_norm(kind: str, dim: int) -> nn.Module:
+    """The norm of the conditioning tokens in one attention; none if they are normed before it or never."""
+    if kind == "group":
+        return TokenGroupNorm(math.gcd(32, dim), dim)
+    return nn.LayerNorm(dim) if kind == "layer" else nn.Identity()
+
+
 class Attention2d(nn.Module):
     """Attention of a feature map to itself, to conditioning tokens, or to both in one softmax.
 
@@ -41,21 +56,23 @@ class Attention2d(nn.Module):
         *,
         self_attention: bool,
         context_dim: int,
+        context_norm: str = "layer",
+        groups: int = 32,
     ) -> None:
         super().__init__()
         self.heads = max(1, channels // head_channels)
         self.self_attention = self_attention
-        self.norm = norm2d(norm, channels)
+        self.norm = norm2d(norm, channels, groups)
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(channels, 2 * channels) if self_attention else None
-        self.norm_context = nn.LayerNorm(context_dim) if context_dim else None
+        self.norm_context = token_norm(context_norm, context_dim) if context_dim else None
         self.kv_context = nn.Linear(context_dim, 2 * channels) if context_dim else None
         self.out = zero_init(nn.Linear(channels, channels))
 
     def context_kv(self, context: Tensor) -> Tensor:
         """Keys and values of the conditioning tokens: B L D -> B L 2C."""
         assert self.norm_context is not None and self.kv_context is not None
-        return self.kv_context(self.norm_context(context))
+        return self.kv_context(self.norm_context(context.to(self.kv_context.weight.dtype)))
 
     def forward(self, x: Tensor, context_kv: Tensor | None, mask: Tensor | None) -> Tensor:
         """x: B C H W; context_kv: B L 2C; mask: B L, True at tokens that may be attended to."""
@@ -77,6 +94,13 @@ class Attention2d(nn.Module):
         )
         h = self.out(rearrange(h, "b heads n d -> b n (heads d)"))
         return x + rearrange(h, "b (h w) c -> b c h w", h=height)
+
+
+class LastToken(nn.Module):
+    """The state of the last place, B L D -> B D: how GLIDE pools its transformer's output."""
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return tokens[:, -1]
 
 
 class AttentionPool(nn.Module):

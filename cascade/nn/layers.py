@@ -21,8 +21,8 @@ def sinusoid(time: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class LevelEmbedding(nn.Module):
-    """Sinusoid, then Linear, activation, Linear: how a noise level enters a network. B -> B E."""
+class MLP(nn.Module):
+    """Linear, activation, Linear: B D -> B E."""
 
     def __init__(self, dim: int, out_dim: int, act: str) -> None:
         super().__init__()
@@ -31,13 +31,21 @@ class LevelEmbedding(nn.Module):
         self.act = activation(act)
         self.linear_2 = nn.Linear(out_dim, out_dim)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class LevelEmbedding(MLP):
+    """An MLP on the sinusoid of a noise level: how it enters a network. B -> B E."""
+
     def forward(self, level: Tensor) -> Tensor:
-        features = sinusoid(level, self.dim).to(self.linear_1.weight.dtype)
-        return self.linear_2(self.act(self.linear_1(features)))
+        return super().forward(sinusoid(level, self.dim))
 
 
 def activation(name: str) -> nn.Module:
-    return {"silu": nn.SiLU, "gelu": nn.GELU}[name]()
+    if name == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    return {"silu": nn.SiLU, "gelu": nn.GELU, "mish": nn.Mish, "relu": nn.ReLU}[name]()
 
 
 class RMSNorm2d(nn.Module):
@@ -55,10 +63,10 @@ class RMSNorm2d(nn.Module):
         return (x32 * scale * self.weight.float()[:, None, None]).to(x.dtype)
 
 
-def norm2d(kind: Literal["group", "rms"], channels: int) -> nn.Module:
+def norm2d(kind: Literal["group", "rms"], channels: int, groups: int = 32) -> nn.Module:
     if kind == "rms":
         return RMSNorm2d(channels)
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-5)
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-5)
 
 
 class Upsample(nn.Module):
@@ -74,10 +82,11 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block with adaptive norm (scale and shift from the conditioning vector).
+    """Residual block into which the conditioning vector enters by its second norm.
 
     norm, act, [resample], conv, adaptive norm, act, dropout, zero-initialised conv, plus the shortcut
-    (arXiv:2105.05233). `resample` halves (average pool) or doubles (nearest) both branches.
+    (arXiv:2105.05233). `resample` halves (average pool) or doubles (nearest) both branches. The vector gives
+    a scale and a shift after the norm, or with modulation "shift" a shift before it (arXiv:2006.11239).
     """
 
     def __init__(
@@ -90,13 +99,16 @@ class ResBlock(nn.Module):
         act: str,
         dropout: float,
         scale: float,
+        groups: int = 32,
+        modulation: Literal["scale_shift", "shift"] = "scale_shift",
         resample: Literal["none", "down", "up"] = "none",
     ) -> None:
         super().__init__()
-        self.norm1 = norm2d(norm, in_channels)
+        self.shift_alone = modulation == "shift"
+        self.norm1 = norm2d(norm, in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, 2 * out_channels)
-        self.norm2 = norm2d(norm, out_channels)
+        self.emb = nn.Linear(emb_dim, out_channels if self.shift_alone else 2 * out_channels)
+        self.norm2 = norm2d(norm, out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
@@ -108,9 +120,13 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # B C H W, B E (already activated)
         h = self._resample(self.act(self.norm1(x)))
         h = self.conv1(h)
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # B C 1 1 each
-        h = self.act(self.norm2(h) * (1 + scale) + shift)
-        h = self.conv2(self.dropout(h))
+        emb = self.emb(emb)[:, :, None, None]
+        if self.shift_alone:
+            h = self.norm2(h + emb)
+        else:
+            scale, shift = emb.chunk(2, dim=1)  # B C 1 1 each
+            h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(self.act(h)))
         out = self.shortcut(self._resample(x)) + h
         return out if self.scale == 1.0 else out * self.scale
 

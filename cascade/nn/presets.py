@@ -102,7 +102,9 @@ IF_I_XL = StageConfig(
         head_channels=64,
         act="gelu",
         text_dims=(T5_XXL_DIM,),
+        text_masked=False,
         context_dim=2816,
+        context_norm="group",
         pool_heads=64,
         learned_null=False,  # the null text is the encoded ""
     ),

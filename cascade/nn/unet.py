@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -22,41 +21,12 @@ from cascade.conditioning import Conditioning
 from cascade.config import UNetConfig
 from cascade.errors import InputError
 from cascade.nn.attention import Attention2d
-from cascade.nn.condition import ConditionEncoder, context_width
+from cascade.nn.check import check, head_width
+from cascade.nn.condition import ConditionEncoder, context_width, middle_attention
+from cascade.nn.context import Context
 from cascade.nn.layers import LevelEmbedding, ResBlock, Upsample, activation, norm2d, zero_init
 
 Block = Callable[..., ResBlock]
-
-
-@dataclass(frozen=True)
-class Context:
-    """A `Conditioning` as the blocks consume it, made once a prompt by `UNet.prepare`."""
-
-    vector: Tensor | None  # B E, added to the time embedding
-    kv: tuple[Tensor, ...]  # B L 2C for each attention that sees tokens, in order of use
-    mask: Tensor | None  # B L bool
-    lowres: Tensor | None  # B 3 H W
-
-    @staticmethod
-    def cat(parts: list[Context]) -> Context:
-        """Concatenate along the batch; shorter token sequences are padded with masked tokens."""
-        length = max((p.mask.shape[1] for p in parts if p.mask is not None), default=0)
-        padded = [p._pad(length) for p in parts]
-        kv = tuple(torch.cat(same) for same in zip(*(p.kv for p in padded), strict=True))
-        vector, mask, lowres = (_cat([getattr(p, f) for p in padded]) for f in ("vector", "mask", "lowres"))
-        return Context(vector, kv, mask, lowres)
-
-    def _pad(self, length: int) -> Context:
-        if self.mask is None or self.mask.shape[1] == length:
-            return self
-        extra = length - self.mask.shape[1]
-        kv = tuple(F.pad(t, (0, 0, 0, extra)) for t in self.kv)
-        return Context(self.vector, kv, F.pad(self.mask, (0, extra)), self.lowres)
-
-
-def _cat(parts: list[Tensor | None]) -> Tensor | None:
-    present = [p for p in parts if p is not None]
-    return torch.cat(present) if present else None
 
 
 class Level(nn.Module):
@@ -92,32 +62,41 @@ class UNet(nn.Module):
             act=cfg.act,
             dropout=cfg.dropout,
             scale=cfg.residual_scale,
+            groups=cfg.norm_groups,
+            modulation=cfg.modulation,
         )
         self.time = LevelEmbedding(channels[0], emb_dim, cfg.act)
         self.condition = ConditionEncoder(cfg, emb_dim)
         self.emb_act = activation(cfg.act)
-        in_channels = (cfg.in_channels + cfg.lowres_channels) * cfg.patch**2
-        self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        in_channels = (cfg.in_channels + cfg.inpaint_channels + cfg.lowres_channels) * cfg.patch**2
+        kernel = cfg.stem_kernel
+        self.stem = nn.Conv2d(in_channels, channels[0], kernel, padding=kernel // 2)
         self.positions = nn.ParameterList(position_maps(cfg))
         if self.efficient:
             self.down, self.middle, self.up = self._efficient(block)
         else:
             self.down, self.middle, self.up = self._adm(block)
-        self.norm_out = norm2d(cfg.norm, channels[0])
+        self.norm_out = norm2d(cfg.norm, channels[0], cfg.norm_groups)
         self.conv_out = zero_init(nn.Conv2d(channels[0], cfg.out_channels * cfg.patch**2, 3, padding=1))
         # In order of use: prepare() makes their keys and values, forward() hands them out.
         self.token_attentions = [m for m in self._in_order() if m.kv_context is not None]
 
     # -- layouts ---------------------------------------------------------------------------------------------
 
-    def _attention(self, level: int) -> Attention2d | None:
+    def _attention(self, level: int, sees: tuple[bool, bool] | None = None) -> Attention2d | None:
+        """One attention of a level; `sees`: itself, tokens (default: as the level is configured)."""
         cfg = self.cfg
-        own, text = cfg.self_attention[level], cfg.text_attention[level]
+        own, text = sees or (cfg.self_attention[level], cfg.text_attention[level])
         if not own and not text:
             return None
-        context = context_width(cfg) if text else 0
         return Attention2d(
-            cfg.channels[level], cfg.head_channels, cfg.norm, self_attention=own, context_dim=context
+            cfg.channels[level],
+            head_width(cfg, level),
+            cfg.norm,
+            self_attention=own,
+            context_dim=context_width(cfg) if text else 0,
+            context_norm=cfg.context_norm,
+            groups=cfg.norm_groups,
         )
 
     def _efficient(self, block: Block) -> tuple[nn.ModuleList, None, nn.ModuleList]:
@@ -140,7 +119,7 @@ class UNet(nn.Module):
             previous = c
         return down, None, up
 
-    def _adm(self, block: Block) -> tuple[nn.ModuleList, Level, nn.ModuleList]:
+    def _adm(self, block: Block) -> tuple[nn.ModuleList, Level | None, nn.ModuleList]:
         cfg, last = self.cfg, len(self.cfg.channels) - 1
         down, up = nn.ModuleList(), nn.ModuleList()
         skips, c_in = [cfg.channels[0]], cfg.channels[0]
@@ -153,7 +132,10 @@ class UNet(nn.Module):
                 skips.append(c)
             down.append(level)
             c_in = c
-        middle = Level([block(c_in, c_in), block(c_in, c_in)], [self._attention(last), None])
+        middle, n = None, cfg.middle_blocks
+        if n > 0:
+            blocks = [block(c_in, c_in) for _ in range(n)]
+            middle = Level(blocks, [self._attention(last, middle_attention(cfg))] + [None] * (n - 1))
         for i in reversed(range(last + 1)):
             c, n = cfg.channels[i], cfg.blocks[i] + 1
             blocks = [block((c_in if j == 0 else c) + skips.pop(), c) for j in range(n)]
@@ -174,14 +156,11 @@ class UNet(nn.Module):
         """Project the conditions and make every attention's token keys and values, once for all steps."""
         context, mask, vector = self.condition(cond, batch)
         kv = tuple(m.context_kv(context) for m in self.token_attentions)
-        return Context(vector, kv, mask if kv else None, cond.lowres)
+        return Context(vector, kv, mask if kv else None, cond.lowres, cond.inpaint)
 
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning | Context) -> Tensor:
         context = cond if isinstance(cond, Context) else self.prepare(cond, x.shape[0])
-        if self.cfg.lowres_channels:
-            if context.lowres is None:
-                raise InputError("a super-resolution network needs lowres, got none")
-            x = torch.cat([x, context.lowres.to(x.dtype)], dim=1)
+        x = self._with_pictures(x, context)
         emb = self.time(time)
         if context.vector is not None:
             emb = emb + context.vector
@@ -222,6 +201,19 @@ class UNet(nn.Module):
         h = self.conv_out(self.emb_act(self.norm_out(h)))
         return F.pixel_shuffle(h, self.cfg.patch) if self.cfg.patch > 1 else h
 
+    def _with_pictures(self, x: Tensor, context: Context) -> Tensor:
+        """x and the pictures that are concatenated to it. Without an inpainting mask nothing is known."""
+        parts = [x]
+        if self.cfg.inpaint_channels:
+            known = context.inpaint
+            size = (x.shape[0], self.cfg.inpaint_channels, *x.shape[2:])
+            parts.append(x.new_zeros(size) if known is None else known.to(x.dtype))
+        if self.cfg.lowres_channels:
+            if context.lowres is None:
+                raise InputError("a super-resolution network needs lowres, got none")
+            parts.append(context.lowres.to(x.dtype))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else x
+
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, use_reentrant=False)
@@ -253,38 +245,3 @@ def resized(position: Tensor, like: Tensor) -> Tensor:
     if position.shape[-2:] == like.shape[-2:]:
         return position
     return F.interpolate(position.float(), like.shape[-2:], mode="bilinear", antialias=True)
-
-
-def check(cfg: UNetConfig) -> None:
-    """Refuse an inconsistent configuration with one line."""
-    levels = len(cfg.channels)
-    if levels == 0:
-        raise InputError("unet.channels is empty: expected one width a level")
-    for name in ("blocks", "strides", "self_attention", "text_attention"):
-        if len(getattr(cfg, name)) != levels:
-            raise InputError(f"unet.{name} has {len(getattr(cfg, name))} entries, channels has {levels}")
-    if any(cfg.text_attention) and not context_width(cfg):
-        raise InputError("unet.text_attention is set, but there are neither text_dims nor image_embed_dim")
-    if cfg.layout == "adm" and cfg.strides != (1, *[2] * (levels - 1)):
-        raise InputError(f"unet.strides {cfg.strides}: the adm layout needs {(1, *[2] * (levels - 1))}")
-    for name in ("channels", "blocks", "strides"):
-        if min(getattr(cfg, name)) < 1:
-            raise InputError(f"unet.{name} {getattr(cfg, name)}: expected positive integers")
-    for name in ("patch", "head_channels", "pool_heads", "image_tokens"):
-        if getattr(cfg, name) < 1:
-            raise InputError(f"unet.{name} {getattr(cfg, name)}: expected a positive integer")
-    grid, least = cfg.position_grid, math.prod(cfg.strides[1:])
-    if grid < 0 or grid % least:
-        raise InputError(
-            f"unet.position_grid {grid}: expected 0 or a multiple of {least}, as the strides are"
-        )
-    if cfg.channels[0] % 2:
-        raise InputError(f"unet.channels starts with {cfg.channels[0]}: the time embedding needs it even")
-    for i, c in enumerate(cfg.channels):
-        if (cfg.self_attention[i] or cfg.text_attention[i]) and c % max(1, c // cfg.head_channels):
-            raise InputError(f"unet.head_channels {cfg.head_channels} does not divide level {i}'s width {c}")
-    if cfg.pool_projected and not cfg.context_dim:
-        raise InputError("unet.pool_projected is set, but there is no context_dim to project the tokens to")
-    for dim in (cfg.context_dim or 0,) if cfg.pool_projected else cfg.text_dims:
-        if dim % cfg.pool_heads:
-            raise InputError(f"unet.pool_heads {cfg.pool_heads} does not divide the pooled text width {dim}")

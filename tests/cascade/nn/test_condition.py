@@ -48,7 +48,7 @@ def test_tokens_of_text_and_image_are_concatenated_and_their_vectors_added() -> 
     assert context.shape == (2, LENGTH + 3, WIDTH) and vector.shape == (2, E)
     assert mask.tolist() == [[True] + [False] * 4 + [True] * 3, [True] * 2 + [False] * 3 + [True] * 3]
     text_tokens, _, text_vector = net.text[0](cond.text.sequences[0], None)
-    image_tokens, image_vector = net.image(cond.image_embed, None)
+    image_tokens, image_vector = net.image(cond.image_embed, None, 2)
     assert torch.equal(context, torch.cat([text_tokens, image_tokens], dim=1))
     torch.testing.assert_close(vector, text_vector + image_vector)
 

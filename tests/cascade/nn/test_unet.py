@@ -296,7 +296,7 @@ def test_a_super_resolution_network_needs_its_picture() -> None:
         (dict(patch=0), "unet.patch 0"),
         (dict(position_grid=9), "unet.position_grid 9: expected 0 or a multiple of 2"),
         (dict(position_grid=-2), "unet.position_grid -2"),
-        (dict(image_tokens=0), "unet.image_tokens 0"),
+        (dict(image_tokens=-1), "unet.image_tokens -1"),
         (dict(layout="adm", strides=(2, 2)), r"unet.strides \(2, 2\): the adm layout needs \(1, 2\)"),
         (dict(text_dims=(), image_embed_dim=None), "neither text_dims nor image_embed_dim"),
         (dict(text_dims=(), image_embed_dim=None, context_dim=8), "neither text_dims nor image_embed_dim"),
