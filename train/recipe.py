@@ -84,20 +84,28 @@ class TrainConfig:
     """How one stage is trained. Lengths are in training images, so that they hold at any batch size."""
 
     images: int
-    batch: int  # over all processes
+    batch: int  # of one optimiser step, over all processes and accumulated parts
+    accumulate: int = 1  # parts that a process makes its share of the batch in, for less memory
     lr: float
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments of 8 bits, by bitsandbytes
     warmup_images: int = 10_000
     cooldown_images: int = 0  # at the end, linear to zero
     betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    skip_limit: int = 20  # so many skipped updates in a row (loss or gradient not finite) end the run
     ema: float = 0.9995  # largest decay of the average; it rises to it as (1 + n) / (10 + n)
+    # power-function averages of these widths are kept every average_images, for `python -m train.ema`
+    ema_sigma_rel: tuple[float, ...] = ()
+    average_images: int = 1_000_000
     text_drop: float = 0.1
     image_drop: float = 0.1
     crop_px: int | None = None  # side of the random training crop; None: the whole picture
     crops_per_picture: int = 1
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = True
+    gradient_checkpointing: bool = False  # of the U-Net's blocks: less memory, a forward pass more
     workers: int = 1  # processes that make batches
     log_images: int = 5_000
     save_images: int = 50_000
@@ -114,9 +122,15 @@ class TrainConfig:
         for name in ("batch", "crops_per_picture", "log_images", "save_images", "grid_images"):
             self._expect(name, getattr(self, name) >= 1, "an integer of at least 1")
         self._expect("validate_images", self.validate_images >= 1, "an integer of at least 1")
-        self._expect("lora", not self.lora or self.init_from, "init_from, the weights that are adapted")
+        adapted = self.lora is None or self.init_from is not None
+        self._expect("lora", adapted, "init_from, the weights that are adapted")
+        for name in ("accumulate", "skip_limit", "average_images"):
+            self._expect(name, getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("warmup_images", "cooldown_images", "workers"):
             self._expect(name, getattr(self, name) >= 0, "an integer of at least 0")
+        self._expect("eps", 0 < self.eps < math.inf, "a number above 0")
+        widths = all(0.01 <= sigma <= 0.28 for sigma in self.ema_sigma_rel)  # train.ema.SIGMA_RELS
+        self._expect("ema_sigma_rel", widths, "numbers from 0.01 to 0.28")
         self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
         self._expect("grad_clip", self.grad_clip > 0, "a number above 0, or inf")
         for name in ("ema", "text_drop", "image_drop"):
@@ -265,8 +279,9 @@ def merge(below: dict[str, Any], above: dict[str, Any], whole: tuple[str, ...] =
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict) and key not in whole
-        result[key] = merge(old, value) if both else value
+        if isinstance(old, dict) and isinstance(value, dict) and key not in whole:
+            value = merge(old, value)
+        result[key] = value
     return result
 
 
