@@ -10,21 +10,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from cascade import random
-from cascade.config import AugmentConfig
+from cascade.config import AugmentConfig, ScheduleConfig
+from cascade.diffusion.schedule import BETAS, TRAIN_STEPS, alpha_sigma, make_schedule
 from cascade.errors import InputError, unknown
-from cascade.images import downsample, jpeg
+from cascade.images import downsample, from_uint8, jpeg, to_uint8
 
 PICTURE_VARIANCE = (
     0.5  # of pixels in [-1, 1]; only the share of noise that `residual_base` keeps depends on it
 )
-LevelSchedule = Literal["cosine", "linear"]
+LevelSchedule = Literal["cosine", "linear", "discrete_cosine", "discrete_linear"]
+UpsampleMode = Literal["bicubic", "bilinear", "bilinear_aligned"]
+
+
+@dataclass(frozen=True)
+class Lowres:
+    """A low-resolution picture on its way into a network."""
+
+    picture: Tensor  # B 3 h w
+    level: Tensor  # B
+    seeds: list[int]
+    size: tuple[int, int]  # H, W of the stage's pictures
+    augment: AugmentConfig
+    stage: str  # its name keys the noise
+    dtype: torch.dtype
+
+    def noised(self, *parts: str | int) -> Tensor:
+        """B 3 H W at the stage's size and noise level; another draw for other `parts`."""
+        noise = random.normal((self.picture.shape[1], *self.size), self.seeds, "lowres", self.stage, *parts)
+        noise = noise.to(self.picture.device)
+        corrupted = condition_lowres(self.picture, self.size, self.augment, self.level, noise)
+        return corrupted.to(dtype=self.dtype, memory_format=torch.channels_last)
 
 
 def condition_lowres(
@@ -36,6 +59,8 @@ def condition_lowres(
     of `lowres` (CDM algorithm 1: noise before upsampling, which `truncated_grid` needs).
     """
     lowres = lowres.clamp(-1, 1)  # guidance overshoots, real pictures do not
+    if cfg.eight_bit:
+        lowres = from_uint8(to_uint8(lowres)).to(lowres.dtype)
     if noise.shape[-2:] == tuple(size):
         return noise_lowres(upsample(lowres, size, cfg.upsample), level, noise, cfg.schedule)
     if noise.shape != lowres.shape:
@@ -63,14 +88,15 @@ def residual_variance(level: Tensor, cfg: AugmentConfig) -> Tensor:
     return PICTURE_VARIANCE * sigma**2 / (alpha**2 * PICTURE_VARIANCE + sigma**2)
 
 
-def upsample(
-    lowres: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
-) -> Tensor:
-    """B 3 h w to B 3 H W, corners not aligned. Bicubic is Pillow's (a = -0.5: Catmull-Rom, less ringing
-    than torch's default -0.75). The result may leave [-1, 1] by a few percent at edges, on purpose:
-    clamping would make it disagree with the low-resolution picture."""
-    if mode not in ("bicubic", "bilinear"):
-        raise unknown("upsampling", mode, ["bicubic", "bilinear"])
+def upsample(lowres: Tensor, size: tuple[int, int], mode: UpsampleMode = "bicubic") -> Tensor:
+    """B 3 h w to B 3 H W, corners aligned in mode "bilinear_aligned" alone. Bicubic is Pillow's (a = -0.5:
+    Catmull-Rom, less ringing than torch's default -0.75). The result may leave [-1, 1] by a few percent at
+    edges, on purpose: clamping would make it disagree with the low-resolution picture."""
+    if mode not in get_args(UpsampleMode):
+        raise unknown("upsampling", mode, get_args(UpsampleMode))
+    if mode == "bilinear_aligned":
+        aligned = F.interpolate(lowres.float(), tuple(size), mode="bilinear", align_corners=True)
+        return aligned.to(lowres.dtype)
     # antialias selects a = -0.5; when enlarging it filters nothing
     return F.interpolate(lowres.float(), tuple(size), mode=mode, antialias=True).to(lowres.dtype)
 
@@ -80,14 +106,28 @@ def level_alpha_sigma(level: Tensor, schedule: LevelSchedule = "cosine") -> tupl
 
     cosine: alpha = cos(pi/2 level), so level 1 is pure noise. linear: alpha^2 = exp(-10 level^2), the
     continuous linear schedule of Imagen's public reimplementations without its offset of 1e-4, so that
-    level 0 is clean; level 1 keeps alpha = 0.007.
+    level 0 is clean; level 1 keeps alpha = 0.007. discrete_cosine, discrete_linear: step floor(1000 level) of
+    the 1000-step grid (DeepFloyd IF); level 0 is its first step, nearly clean, level 1 its last.
     """
     level = level.double()
+    if schedule in BETAS:
+        middle = (_level_step(level) + 0.5) / TRAIN_STEPS
+        return alpha_sigma(make_schedule(ScheduleConfig(name=schedule)).logsnr(middle))
     if schedule == "cosine":
         return torch.cos(math.pi / 2 * level), torch.sin(math.pi / 2 * level)
     if schedule == "linear":
         return torch.exp(-5 * level**2), torch.sqrt(-torch.expm1(-10 * level**2))
-    raise unknown("schedule of the augmentation level", schedule, ["cosine", "linear"])
+    raise unknown("schedule of the augmentation level", schedule, get_args(LevelSchedule))
+
+
+def told_level(level: Tensor, schedule: LevelSchedule) -> Tensor:
+    """The level as the network is told it: on a discrete grid, that of the step that is used."""
+    return (_level_step(level) / TRAIN_STEPS).to(level.dtype) if schedule in BETAS else level
+
+
+def _level_step(level: Tensor) -> Tensor:
+    """floor(1000 level), forgiving the rounding of 0.001 n in float32; B, float64."""
+    return (TRAIN_STEPS * level.double() + 1e-3).floor().clamp(max=TRAIN_STEPS - 1)
 
 
 def noise_lowres(picture: Tensor, level: Tensor, noise: Tensor, schedule: LevelSchedule = "cosine") -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cascade.errors import InputError
+
 MAX_SEED = 2**63 - 1
 
 
@@ -38,3 +40,19 @@ def uniform(seeds: Sequence[int], *parts: str | int, count: int = 1) -> Tensor:
     """Uniform draws in [0, 1), float64, of shape (len(seeds), count), on the CPU."""
     rows = [torch.rand(count, generator=generator(s, *parts), dtype=torch.float64) for s in seeds]
     return torch.stack(rows)
+
+
+def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed a picture: seed + i, or the given ones. Raises InputError outside 0 .. 2**63 - 1."""
+    if isinstance(seed, bool | str) or not isinstance(seed, int | Sequence):
+        raise InputError(f"seed {seed!r}: expected an integer, or one a picture")
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise InputError(f"seed: expected one integer or {count}, one a picture, got {len(seeds)}")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"seed {value!r}: expected an integer")
+        if not 0 <= value <= MAX_SEED:
+            nearest = 0 if value < 0 else MAX_SEED
+            raise InputError(f"seed {value}: expected 0 to {MAX_SEED}, the nearest is {nearest}")
+    return seeds

@@ -16,7 +16,8 @@ from torch import Tensor
 from cascade.config import from_dict
 from cascade.errors import InputError, unknown
 from cascade.images import from_pil
-from cascade.stage import Stage, resolve_settings, seed_list
+from cascade.random import seed_list
+from cascade.stage import Stage, resolve_settings
 
 MAX_PROMPT = 10_000  # characters; a prompt of this length or more is refused
 PRIOR = "prior"

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from cascade import random
-from cascade.augment import condition_lowres, residual_base
+from cascade.augment import Lowres, residual_base, told_level
 from cascade.conditioning import Conditioning, TextEmbedding
 from cascade.config import SamplingConfig, StageConfig, from_dict, to_dict
 from cascade.diffusion.denoiser import Denoiser
 from cascade.diffusion.guidance import GuidedDenoiser
-from cascade.diffusion.samplers import SAMPLERS
-from cascade.diffusion.schedule import Schedule
+from cascade.diffusion.samplers import SAMPLERS, Denoise
+from cascade.diffusion.schedule import DiscreteSchedule, Schedule, section_indices
 from cascade.errors import InputError, unknown
+from cascade.nn.context import Context
 from cascade.nn.unet import UNet
+from cascade.random import seed_list
 
 MAX_STEPS = 10_000
 PIXELS_A_FORWARD = 4 * 1024 * 1024  # of one micro-batch on an accelerator
@@ -36,13 +38,17 @@ OnStep = Callable[[int, int, Tensor, range], None]
 
 class Stage(nn.Module):
     """A U-Net with the diffusion process it was trained for. Build one from a config, or load one with
-    `Cascade.from_pretrained`. `unet` is given when the network was built beforehand (on the meta device)."""
+    `Cascade.from_pretrained`. The networks are given when they were built beforehand (on the meta device).
+    `last` is the denoiser of the last step where that has a network of its own, which is not trained here."""
 
-    def __init__(self, config: StageConfig, unet: UNet | None = None) -> None:
+    def __init__(self, config: StageConfig, unet: UNet | None = None, last: UNet | None = None) -> None:
         super().__init__()
         self.config = config
         self.denoiser = Denoiser(unet if unet is not None else UNet(config.unet), config.diffusion)
         self.schedule: Schedule = self.denoiser.schedule
+        self.last: Denoiser | None = None
+        if config.last_unet is not None:
+            self.last = Denoiser(last if last is not None else UNet(config.last_unet), config.diffusion)
 
     @property
     def unet(self) -> UNet:
@@ -164,35 +170,83 @@ class Stage(nn.Module):
     ) -> Tensor:
         name, device = self.config.name, self.device
         shape = (self.config.unet.in_channels, *size)
-        conditioning = self._condition(settings, text, image_embed, lowres, seeds, size)
-        cond, pair = self.unet.prepare(conditioning, len(seeds)), None
         if text is None and image_embed is None:
             settings = replace(settings, guidance=1.0)  # nothing to guide by
-        if settings.guidance != 1:
-            if negative is None and text is not None and not self.config.unet.learned_null:
+        if settings.guidance != 1 and negative is None and text is not None:
+            if not self.config.unet.learned_null:
                 raise InputError(
                     f"stage {name} has no learned null text: guidance needs negative=, the encoded ''"
                 )
-            null = conditioning.with_(text=negative, image_embed=None)
-            pair = cond.cat([cond, self.unet.prepare(null, len(seeds))])
-        guided = GuidedDenoiser(self.denoiser, cond, pair, settings, self.schedule)
+        given = None if lowres is None else self._lowres(lowres, settings.aug_level, seeds, size)
+        conditioning = self._condition(text, image_embed, given)
+        redraw = given if settings.lowres_noise == "step" else None
+        guided = self._guided(self.denoiser, settings, conditioning, negative, len(seeds), redraw)
+        grid, denoise = self._grid(settings), guided
+        if self.last is not None:
+            last = self._guided(self.last, settings, conditioning, negative, len(seeds), redraw)
+            denoise = _last_by(guided, last, float(grid[-2]))
 
         def step_noise(step: int) -> Tensor:
             return random.normal(shape, seeds, "step", name, step, device=device)
 
         base = self._residual_base(conditioning)
-        report = on_step
-        if base is not None and on_step is not None:
 
-            def report(step: int, total: int, x0: Tensor) -> None:
-                on_step(step, total, x0 + base)
+        def report(step: int, total: int, x0: Tensor) -> None:
+            if on_step is not None:
+                on_step(step, total, x0 if base is None else x0 + base)
 
         x = random.normal(shape, seeds, "init", name).to(device).contiguous(memory_format=torch.channels_last)
-        grid = self.schedule.grid(settings.steps, settings.spacing)
+        if settings.temperature != 1:
+            x = settings.temperature * x
         sampler = SAMPLERS[settings.sampler]
-        x0 = sampler(guided, x, grid, noise=step_noise, on_step=report, eta=settings.eta)
+        x0 = sampler(denoise, x, grid, noise=step_noise, on_step=report, eta=settings.eta)
         x0 = x0 if base is None else x0 + base
         return x0.float().clamp(-1, 1).contiguous()
+
+    def _grid(self, settings: SamplingConfig) -> Tensor:
+        if settings.respacing is None:
+            return self.schedule.grid(settings.steps, settings.spacing)
+        assert isinstance(self.schedule, DiscreteSchedule)  # `resolve_settings` refuses others
+        return self.schedule.respaced(settings.respacing)
+
+    def _guided(
+        self,
+        denoiser: Denoiser,
+        settings: SamplingConfig,
+        conditioning: Conditioning,
+        negative: TextEmbedding | None,
+        count: int,
+        redraw: Lowres | None,
+    ) -> GuidedDenoiser:
+        """One of the stage's networks with the conditions of `count` pictures. `redraw` is the low-resolution
+        picture where each evaluation and half of guidance noises it anew."""
+        unet = cast(UNet, denoiser.net)
+        cond, pair = unet.prepare(conditioning, count), None
+        if settings.guidance != 1:
+            null = conditioning.with_(text=negative, image_embed=None)
+            pair = cond.cat([cond, unet.prepare(null, count)])
+        if redraw is None:
+            return GuidedDenoiser(denoiser, cond, pair, settings, self.schedule)
+
+        def anew(context: Context, *halves: str) -> Callable[[int], Context]:
+            def at(step: int) -> Context:
+                return replace(context, lowres=torch.cat([redraw.noised(half, step) for half in halves]))
+
+            return at
+
+        both = None if pair is None else anew(pair, "cond", "null")
+        return GuidedDenoiser(denoiser, anew(cond, "cond"), both, settings, self.schedule)
+
+    def _lowres(self, picture: Tensor, level: float, seeds: list[int], size: tuple[int, int]) -> Lowres:
+        augment = self.config.augment
+        if augment is None:
+            raise InputError(
+                f"stage {self.config.name} takes a low-resolution picture but has no augment config"
+            )
+        levels = torch.full((len(seeds),), level, device=self.device)  # B
+        return Lowres(
+            picture.to(self.device).float(), levels, seeds, size, augment, self.config.name, self.dtype
+        )
 
     def _residual_base(self, conditioning: Conditioning) -> Tensor | None:
         """What is added to the result of a stage that diffuses the residual of its input."""
@@ -204,26 +258,15 @@ class Stage(nn.Module):
 
     def _condition(
         self,
-        settings: SamplingConfig,
         text: TextEmbedding | None,
         image_embed: Tensor | None,
-        lowres: Tensor | None,
-        seeds: list[int],
-        size: tuple[int, int],
+        lowres: Lowres | None,
     ) -> Conditioning:
         """The network's conditioning, with the low-resolution picture at the stage's size and noise level."""
         if lowres is None:
             return Conditioning(text=text, image_embed=image_embed)
-        augment = self.config.augment
-        if augment is None:
-            raise InputError(
-                f"stage {self.config.name} takes a low-resolution picture but has no augment config"
-            )
-        noise = random.normal((lowres.shape[1], *size), seeds, "lowres", self.config.name).to(self.device)
-        level = torch.full((len(seeds),), settings.aug_level, device=self.device)  # B
-        corrupted = condition_lowres(lowres.to(self.device).float(), size, augment, level, noise)
-        corrupted = corrupted.to(dtype=self.dtype, memory_format=torch.channels_last)
-        return Conditioning(text=text, image_embed=image_embed, lowres=corrupted, aug_level=level)
+        level = told_level(lowres.level, lowres.augment.schedule)
+        return Conditioning(text=text, image_embed=image_embed, lowres=lowres.noised(), aug_level=level)
 
     def _micro_batch(self, height: int, width: int) -> int:
         return 1 if self.device.type == "cpu" else max(1, PIXELS_A_FORWARD // (height * width))
@@ -266,13 +309,15 @@ class Stage(nn.Module):
         dims = self.config.unet.text_dims
         if text is None or not dims:
             return None
+        text = text.select(self.config.text_sequences)
         widths = tuple(s.states.shape[-1] for s in text.sequences)
         if widths != dims:
             raise InputError(
                 f"{what}: stage {self.config.name} was trained on token widths {list(dims)}, "
                 f"the text encoder gives {list(widths)}"
             )
-        return text.to(self.device, self.dtype)
+        # token ids must stay what they are: bfloat16 holds whole numbers to 256 alone
+        return text.to(self.device, torch.float32 if self.config.unet.text_transformer else self.dtype)
 
     def _accept_embed(self, image_embed: Tensor | None) -> Tensor | None:
         dim = self.config.unet.image_embed_dim
@@ -302,8 +347,16 @@ def resolve_settings(config: StageConfig, settings: dict[str, Any]) -> SamplingC
             raise InputError(f"{place}.{name}: expected {expected}, got {getattr(chosen, name)!r}")
 
     low, high = chosen.guidance_interval
-    most = 1000 if config.diffusion.schedule.name.startswith("discrete") else MAX_STEPS
+    discrete = config.diffusion.schedule.name.startswith("discrete")
+    most = 1000 if discrete else MAX_STEPS
     check("steps", 1 <= chosen.steps <= most, f"an integer from 1 to {most}")
+    check("spacing", discrete or chosen.spacing in ("t", "logsnr", "edm"), "t, logsnr or edm")
+    if chosen.respacing is not None:
+        check("respacing", discrete, "null, as this stage's schedule is not discrete")
+        section_indices(chosen.respacing)
+    check("temperature", 0 < chosen.temperature <= 2, "a number above 0, at most 2")
+    residual = config.augment is not None and config.augment.residual
+    check("lowres_noise", chosen.lowres_noise == "once" or not residual, "once, as this stage adds its input")
     check("eta", 0 <= chosen.eta <= 1, "a number from 0 to 1")
     check("guidance", math.isfinite(chosen.guidance), "a finite number")
     check("guidance_interval", 0 <= low < high <= 1, "[low, high] with 0 <= low < high <= 1")
@@ -316,27 +369,16 @@ def resolve_settings(config: StageConfig, settings: dict[str, Any]) -> SamplingC
     return chosen
 
 
-def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed a picture: seed + i, or the given ones. Raises InputError outside 0 .. 2**63 - 1."""
-    if isinstance(seed, bool | str) or not isinstance(seed, int | Sequence):
-        raise InputError(f"seed {seed!r}: expected an integer, or one a picture")
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise InputError(f"seed: expected one integer or {count}, one a picture, got {len(seeds)}")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"seed {value!r}: expected an integer")
-        if not 0 <= value <= random.MAX_SEED:
-            nearest = 0 if value < 0 else random.MAX_SEED
-            raise InputError(f"seed {value}: expected 0 to {random.MAX_SEED}, the nearest is {nearest}")
-    return seeds
-
-
 def _rows_or_all(negative: TextEmbedding | None, part: slice) -> TextEmbedding | None:
     """Rows of a negative prompt; a single row stands for every picture."""
     if negative is None:
         return None
     return negative.repeat(part.stop - part.start) if len(negative) == 1 else negative[part]
+
+
+def _last_by(denoise: Denoise, last: Denoise, level: float) -> Denoise:
+    """`denoise`, but `last` at the cleanest log-SNR of a grid."""
+    return lambda x, logsnr: (last if float(logsnr[0]) == level else denoise)(x, logsnr)
 
 
 def _count_steps(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cascade import random
 from cascade.conditioning import TextEmbedding
-from prior.base import OnStep, check_number, device_of, negative_rows, pick_best, row_seeds
+from prior.base import OnStep, check_number, device_of, negative_rows, pick_best
 from prior.codes import PCAQuantizer
 from prior.prefix import Prefix, TextPrefix, causal_mask
 from prior.transformer import Transformer
@@ -192,7 +192,7 @@ class AutoregressivePrior(nn.Module):
         check_number("temperature", heat, heat > 0, "a number above 0")
         if limit is not None:
             check_number("top_k", limit, limit >= 1, "an integer of at least 1")
-        rows = row_seeds(len(text), seed, seeds)
+        rows = random.seed_list(seed if seeds is None else seeds, len(text))
 
         was_training = self.training
         self.eval()  # no dropout

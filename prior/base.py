@@ -19,18 +19,6 @@ MAX_STEPS = 10_000
 OnStep = Callable[[int, int, Tensor], None]
 
 
-def row_seeds(count: int, seed: int, seeds: Sequence[int] | None) -> list[int]:
-    """One seed a row: `seeds`, or seed + i. Raises InputError on a wrong number of seeds, or one that is not
-    an integer from 0 to 2^63 - 1."""
-    rows = list(seeds) if seeds is not None else [seed + i for i in range(count)]
-    if len(rows) != count:
-        raise InputError(f"seeds: expected {count}, one a row of text, got {len(rows)}")
-    for value in rows:
-        if not isinstance(value, int) or not 0 <= value <= random.MAX_SEED:
-            raise InputError(f"seed {value!r}: expected an integer from 0 to {random.MAX_SEED}")
-    return rows
-
-
 def candidate_noise(dim: int, seeds: Sequence[int], candidates: int, *parts: str | int) -> Tensor:
     """Unit Gaussian noise, (B * candidates) D, on the CPU: candidates of one row stand together. Candidate j
     of a row is the same however many are drawn."""
@@ -45,13 +33,14 @@ def negative_rows(negative: TextEmbedding, count: int) -> TextEmbedding:
     return negative.repeat(count) if len(negative) == 1 else negative
 
 
-def pick_best(embeds: Tensor, pooled: Tensor, candidates: int) -> Tensor:
-    """(B * candidates) D to B D: of each row's candidates, brought to unit norm, the one with the largest dot
-    product with the CLIP text embedding `pooled`, B D."""
-    embeds = F.normalize(embeds.float(), dim=-1).unflatten(0, (-1, candidates))  # B N D
-    score = (embeds * pooled.float()[:, None]).sum(-1)  # B N
+def pick_best(embeds: Tensor, pooled: Tensor, candidates: int, unit_norm: bool = True) -> Tensor:
+    """(B * candidates) D to B D: of each row's candidates the one with the largest cosine to the CLIP text
+    embedding `pooled`, B D; brought to unit norm, or as it is."""
+    embeds = embeds.float().unflatten(0, (-1, candidates))  # B N D
+    directions = F.normalize(embeds, dim=-1)
+    score = (directions * pooled.float()[:, None]).sum(-1)  # B N
     rows = torch.arange(len(embeds), device=embeds.device)
-    return embeds[rows, score.argmax(dim=1)]
+    return (directions if unit_norm else embeds)[rows, score.argmax(dim=1)]
 
 
 def check_number(name: str, value: float, holds: bool, expected: str) -> None:

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.conditioning import TextEmbedding
-from cascade.config import DiffusionConfig, Prediction, SamplerName, ScheduleConfig
+from cascade.config import DiffusionConfig, Prediction, SamplerName, ScheduleConfig, Spacing
 from cascade.diffusion.denoiser import Denoiser
 from cascade.diffusion.guidance import cfg
 from cascade.diffusion.loss import diffusion_loss
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import unknown
 from cascade.nn.layers import LevelEmbedding
+from cascade.random import seed_list
 from prior.base import (
     MAX_STEPS,
     OnStep,
@@ -31,7 +32,6 @@ from prior.base import (
     device_of,
     negative_rows,
     pick_best,
-    row_seeds,
 )
 from prior.prefix import Prefix, TextPrefix, causal_mask
 from prior.statistics import Standardizer
@@ -49,11 +49,18 @@ class PriorConfig:
     text_sequence: int = 0  # which encoder's tokens, where several stand side by side
     text_length: int = 64  # most tokens of a prompt
     embed_dim: int = 256  # of the CLIP
+    text_norm: bool = True  # layer norm of the tokens; False: as they come (Karlo)
+    pooled_scale: float | None = None  # of the CLIP text embedding; None: sqrt(embed_dim), for unit norm
+    learned_null: bool = True  # learned null text; False: the null is the encoded empty prompt (Karlo)
+    unit_norm: bool = (
+        True  # image embeddings are of unit norm; False: as CLIP's projection emits them (Karlo)
+    )
     dropout: float = 0.0
     prediction: Prediction = "x0"  # better than eps (unCLIP 2.2)
     schedule: ScheduleConfig = ScheduleConfig()
     sampler: SamplerName = "dpmpp_2m"
     steps: int = 25
+    spacing: Spacing = "t"
     eta: float = 1.0  # stochasticity of ddim and dpmpp_2m_sde
     guidance: float = 1.0  # 1 is off: unCLIP guides the decoder only (5.5)
     best_of: int = 2  # candidates a picture, of which the one nearest to the text is kept
@@ -77,7 +84,14 @@ class PriorNet(nn.Module):
         super().__init__()
         width = config.width
         self.prefix = TextPrefix(
-            width, config.text_dim, config.text_sequence, config.text_length, config.embed_dim
+            width,
+            config.text_dim,
+            config.text_sequence,
+            config.text_length,
+            config.embed_dim,
+            text_norm=config.text_norm,
+            pooled_scale=config.pooled_scale,
+            learned_null=config.learned_null,
         )
         self.time = LevelEmbedding(width, width, "silu")
         self.input = nn.Linear(config.embed_dim, width)
@@ -119,6 +133,11 @@ class DiffusionPrior(nn.Module):
     def net(self) -> PriorNet:
         return self.denoiser.net  # type: ignore[return-value]
 
+    @property
+    def learned_null(self) -> bool:
+        """False: guidance needs `negative`, the encoded empty prompt where no other is given."""
+        return self.config.learned_null
+
     def fit_statistics(self, embeds: Tensor) -> None:
         """embeds: N D, CLIP image embeddings of the training pictures."""
         self.statistics.fit(embeds)
@@ -159,7 +178,7 @@ class DiffusionPrior(nn.Module):
         negative: TextEmbedding | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw one image embedding a row of `text`: B D, float32, unit norm, as CLIP emits them.
+        """Draw one image embedding a row of `text`: B D, float32, of unit norm where the config says so.
 
         seed, seeds: row i is a function of its text and of seeds[i], or of seed + i.
         num_candidates, guidance, steps, sampler: in place of the config's best_of, guidance, steps, sampler.
@@ -176,7 +195,7 @@ class DiffusionPrior(nn.Module):
         check_number("num_candidates", number, number >= 1, "an integer of at least 1")
         check_number("steps", steps, 1 <= steps <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}")
         check_number("guidance", scale, True, "a finite number")
-        rows = row_seeds(len(text), seed, seeds)
+        rows = seed_list(seed if seeds is None else seeds, len(text))
 
         was_training = self.training
         self.eval()  # no dropout
@@ -190,14 +209,15 @@ class DiffusionPrior(nn.Module):
 
             def report(step: int, total: int, x0: Tensor) -> None:
                 if on_step is not None:
-                    on_step(step, total, F.normalize(self.statistics.inverse(x0), dim=-1))
+                    estimate = self.statistics.inverse(x0)
+                    on_step(step, total, F.normalize(estimate, dim=-1) if config.unit_norm else estimate)
 
             x = candidate_noise(config.embed_dim, rows, number, "prior", "init").to(device)
-            grid = self.schedule.grid(steps)
+            grid = self.schedule.grid(steps, config.spacing)
             x0 = SAMPLERS[name](denoise, x, grid, noise=step_noise, on_step=report, eta=config.eta)
         finally:
             self.train(was_training)
-        return pick_best(self.statistics.inverse(x0), pooled, number)
+        return pick_best(self.statistics.inverse(x0), pooled, number, config.unit_norm)
 
     def _guided(self, text: TextEmbedding, negative: TextEmbedding | None, scale: float, number: int):
         """The denoiser as a function of (x, logsnr): guided in one batched forward, then clamped."""

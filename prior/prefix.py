@@ -42,16 +42,30 @@ class TextPrefix(nn.Module):
     """Embeds text as the first positions of a sequence. A row that is dropped becomes one learned null token
     and a learned null text embedding."""
 
-    def __init__(self, width: int, text_dim: int, text_sequence: int, text_length: int, embed_dim: int):
+    def __init__(
+        self,
+        width: int,
+        text_dim: int,
+        text_sequence: int,
+        text_length: int,
+        embed_dim: int,
+        *,
+        text_norm: bool = True,
+        pooled_scale: float | None = None,
+        learned_null: bool = True,
+    ):
         super().__init__()
         self.sequence = text_sequence
         self.length = text_length
-        self.norm = nn.LayerNorm(text_dim)
+        self.pooled_scale = embed_dim**0.5 if pooled_scale is None else pooled_scale
+        self.learned_null = learned_null
+        self.norm = nn.LayerNorm(text_dim) if text_norm else nn.Identity()
         self.tokens = nn.Linear(text_dim, width)
         self.pooled = nn.Linear(embed_dim, width)
         self.positions = nn.Parameter(torch.randn(text_length + 1, width) * 0.02)
-        self.null_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.null_pooled = nn.Parameter(torch.randn(width) * 0.02)
+        if learned_null:
+            self.null_token = nn.Parameter(torch.randn(width) * 0.02)
+            self.null_pooled = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, text: TextEmbedding, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """keep: B bool, False where the text is dropped. Returns the positions, B L+1 width, and their
@@ -59,10 +73,12 @@ class TextPrefix(nn.Module):
         beforehand: positions are counted from the first token."""
         states, mask, pooled = self.check(text)
         x = self.tokens(self.norm(states)) + self.positions[: states.shape[1]]  # B L width
-        null = self.null_token + self.positions[0]
-        clip = self.pooled(pooled * pooled.shape[-1] ** 0.5)  # entries of about unit size
-        null_clip = self.null_pooled.expand_as(clip)
+        clip = self.pooled(pooled * self.pooled_scale)
         if keep is not None:
+            if not self.learned_null:
+                raise InputError("this prior has no learned null text: give negative=, the encoded ''")
+            null = self.null_token + self.positions[0]
+            null_clip = self.null_pooled.expand_as(clip)
             first = F.one_hot(torch.zeros_like(keep, dtype=torch.long), mask.shape[1]).bool()  # B L
             x = torch.where(keep[:, None, None], x, null.to(x.dtype))
             mask = torch.where(keep[:, None], mask, first)

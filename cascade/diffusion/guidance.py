@@ -33,7 +33,8 @@ class GuidedDenoiser:
     denoiser   gives (x0_hat, variance fraction or None) through `with_variance`
     cond       condition of B samples, used where guidance is off
     pair       the same followed by the unconditional (or negative) one: condition of 2B samples, in which
-               guidance is one batched forward. May be None when `settings.guidance` is 1
+               guidance is one batched forward. May be None when `settings.guidance` is 1. Where conditions
+               change from step to step, both are functions of the number of the evaluation, from 0
     schedule   turns the guidance interval, given in t, into log-SNRs
     """
 
@@ -50,6 +51,7 @@ class GuidedDenoiser:
         bounds = schedule.logsnr(torch.tensor([low, high], dtype=torch.float64))
         self._cleanest, self._noisiest = float(bounds[0]) + 1e-6, float(bounds[1]) - 1e-6
         self._momentum: Tensor | None = None
+        self._evaluations = 0
 
     def __call__(self, x_t: Tensor, logsnr: Tensor | float) -> Tensor | tuple[Tensor, Tensor]:
         """Guided, thresholded estimate of x_0, float32, like x_t (B ...); with learned variance also the
@@ -60,9 +62,13 @@ class GuidedDenoiser:
         if self._guides(levels):
             x0, fraction = self._guided(x_t, levels)
         else:
-            x0, fraction = self._denoiser.with_variance(x_t, levels, self._cond)
+            x0, fraction = self._denoiser.with_variance(x_t, levels, self._now(self._cond))
+        self._evaluations += 1
         x0 = self._threshold(x0)
         return x0 if fraction is None else (x0, fraction)
+
+    def _now(self, condition: object) -> object:
+        return condition(self._evaluations) if callable(condition) else condition
 
     def _guides(self, logsnr: Tensor) -> bool:
         if self._settings.guidance == 1:
@@ -71,7 +77,7 @@ class GuidedDenoiser:
 
     def _guided(self, x_t: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor | None]:
         both, fraction = self._denoiser.with_variance(
-            torch.cat([x_t, x_t]), torch.cat([logsnr, logsnr]), self._pair
+            torch.cat([x_t, x_t]), torch.cat([logsnr, logsnr]), self._now(self._pair)
         )
         cond, uncond = both.chunk(2)
         settings = self._settings
@@ -140,10 +146,13 @@ def static_threshold(x0: Tensor) -> Tensor:
 
 def dynamic_threshold(x0: Tensor, percentile: float = 0.995, cap: float = math.inf) -> Tensor:
     """Per sample: s = that percentile of |x_0|, at least 1 and at most `cap`; clip to [-s, s], divide by s.
-    Imagen 2.3; the cap is DeepFloyd IF's. `percentile` is a share in (0, 1], rounded up to a rank."""
+    Imagen 2.3; the cap is DeepFloyd IF's. `percentile` is a share in (0, 1], interpolated."""
     magnitude = x0.abs().flatten(1)  # B N
-    rank = math.ceil(percentile * (magnitude.shape[1] - 1)) + 1
-    bound = magnitude.kthvalue(rank, dim=1).values.clamp(1, cap)
+    below, share = divmod(percentile * (magnitude.shape[1] - 1), 1)
+    bound = magnitude.kthvalue(int(below) + 1, dim=1).values
+    if share > 0:
+        bound = bound.lerp(magnitude.kthvalue(int(below) + 2, dim=1).values, share)
+    bound = bound.clamp(1, cap)
     bound = bound.reshape(-1, *(1 for _ in x0.shape[1:]))
     return torch.minimum(torch.maximum(x0, -bound), bound) / bound
 

@@ -12,21 +12,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from cascade.config import ScheduleConfig
+from cascade.config import ScheduleConfig, Spacing
 from cascade.errors import InputError, unknown
-
-Spacing = Literal["t", "logsnr", "edm"]
 
 TRAIN_STEPS = 1000  # length of the discrete grids, and of the chain whose bound the hybrid loss takes
 ZERO_SNR_LOGSNR = -100.0  # stands for -inf at the end of a zero-terminal-SNR grid: alpha is 2e-22, not 0
 PURE_NOISE_LOGSNR = -20.0  # spacings in log-SNR start here at the earliest: nothing is decided before
 EDM_RHO = 7.0  # Karras et al. 2022, equation 5 and table 1
 EDM_SIGMA = (0.002, 80.0)
+# Section counts by name, as DeepFloyd IF publishes them.
+RESPACINGS = {
+    "fast27": "10,10,3,2,2",
+    "smart27": "7,4,2,1,2,4,7",
+    "smart50": "10,6,4,3,2,2,3,4,6,10",
+    "smart100": "1,1,1,1,2,2,2,2,2,2,3,3,4,4,5,5,6,7,7,8,9,10,13",
+    "smart185": "1,1,2,2,2,3,3,3,4,5,6,7,8,9,10,11,12,13,14,15,16,18,20",
+    "super27": "1,1,1,1,1,1,1,2,5,13",
+    "super40": "2,2,2,2,2,2,3,4,6,15",
+    "super100": "4,4,6,6,8,8,10,10,14,30",
+}
+GLIDE27 = "glide27"  # fast27 that starts at 997: GLIDE's upsampler with ddim
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +58,7 @@ class Schedule:
     """A strictly falling map from t in [0, 1] to log-SNR. Build one with `make_schedule`."""
 
     discrete: bool
+    kind: str  # what errors call it
 
     def logsnr(self, t: Tensor) -> Tensor:
         """log-SNR at time t, float64, shape and device of `t`."""
@@ -83,7 +94,7 @@ class Schedule:
         elif spacing == "edm":
             points = self._edm_points(steps)
         else:
-            raise unknown("spacing", spacing, ["t", "logsnr", "edm"])
+            raise unknown("spacing", spacing, ["t", "logsnr", "edm"], where=self.kind)
         return _with_clean(points)
 
     @property
@@ -107,6 +118,7 @@ class ContinuousSchedule(Schedule):
     point left and t = 1 the noisiest."""
 
     discrete = False
+    kind = "a continuous schedule"
 
     def __init__(self, curve: Curve, config: ScheduleConfig) -> None:
         if not config.logsnr_min < config.logsnr_max:
@@ -234,6 +246,7 @@ class DiscreteSchedule(Schedule):
     equally often, `logsnr` always returns a level of the grid and `t` returns the middle of its cell."""
 
     discrete = True
+    kind = "a discrete schedule"
 
     def __init__(self, betas: Tensor, config: ScheduleConfig) -> None:
         alpha_bar = (1 - betas).cumprod(0)
@@ -267,12 +280,17 @@ class DiscreteSchedule(Schedule):
 
     def grid(self, steps: int, spacing: Spacing = "t") -> Tensor:
         """As `Schedule.grid`, on levels of the grid only: "t" takes the last of each of `steps` equal runs
-        (arXiv:2305.08891's trailing steps), the others the nearest levels that are still free. The first is
-        always level 999."""
+        (arXiv:2305.08891's trailing steps), "leading" the first (diffusers' IF), "linspace" evenly from 0 to
+        999 (improved DDPM, Karlo); the others the nearest levels that are still free, the first level 999."""
         if not 1 <= steps <= TRAIN_STEPS:
             raise InputError(f"steps is {steps}: expected 1 to {TRAIN_STEPS} on a discrete schedule")
         if spacing == "t":
             return self.respaced([round(TRAIN_STEPS * i / steps) - 1 for i in range(1, steps + 1)])
+        if spacing == "leading":
+            return self.respaced([TRAIN_STEPS // steps * i for i in range(steps)])
+        if spacing == "linspace":
+            stride = (TRAIN_STEPS - 1) / max(1, steps - 1)
+            return self.respaced([round(TRAIN_STEPS - 1 - stride * i) for i in range(steps)])
         wanted = self.index(super().grid(steps, spacing)[1:-1]).tolist()
         indices = [TRAIN_STEPS - 1]
         for left, index in zip(range(steps - 2, -1, -1), wanted, strict=True):
@@ -280,8 +298,9 @@ class DiscreteSchedule(Schedule):
         return self.respaced(indices)
 
     def respaced(self, indices: Sequence[int] | str) -> Tensor:
-        """A sampler grid of chosen indices, or of section counts "10,10,5": the grid is cut into equal
-        sections, data first, and that many evenly strided levels are kept of each (improved DDPM)."""
+        """A sampler grid of chosen indices, of section counts "10,10,5", or a name of `RESPACINGS`: the
+        grid is cut into equal sections, data first, and that many evenly strided levels are kept of each
+        (improved DDPM)."""
         chosen = section_indices(indices) if isinstance(indices, str) else indices
         kept = sorted(set(chosen), reverse=True)
         if not kept or kept[0] >= TRAIN_STEPS or kept[-1] < 0:
@@ -291,10 +310,15 @@ class DiscreteSchedule(Schedule):
 
 def section_indices(sections: str) -> list[int]:
     """Indices kept of the 1000-step grid by section counts such as "10,6,4" (lowest noise first)."""
+    if sections == GLIDE27:
+        return [*section_indices("fast27")[:-1], TRAIN_STEPS - 3]
     try:
-        counts = [int(count) for count in sections.split(",")]
+        counts = [int(count) for count in RESPACINGS.get(sections, sections).split(",")]
     except ValueError:
-        raise InputError(f"respacing {sections!r}: expected whole numbers separated by commas") from None
+        names = ", ".join([*RESPACINGS, GLIDE27])
+        raise InputError(
+            f"respacing {sections!r}: expected whole numbers separated by commas, or one of {names}"
+        ) from None
     size, extra = divmod(TRAIN_STEPS, len(counts))
     indices: list[int] = []
     start = 0
@@ -305,7 +329,8 @@ def section_indices(sections: str) -> list[int]:
                 f"respacing {sections!r}: section {section} has {length} steps, cannot keep {count}"
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        indices += [start + round(stride * i) for i in range(count)]
+        # summed, not multiplied: halves are rounded as in the published lists
+        indices += [start + round(place) for place in accumulate([0.0, *[stride] * (count - 1)])]
         start += length
     return indices
 

@@ -57,7 +57,7 @@ class _Inert:
 
 
 # Named in the checkpoints of DALLE2-pytorch beside the weights. Nothing of these modules is imported.
-INERT = [
+INERT: list[Any] = [
     (_Inert, name)
     for name in (
         "packaging.version.Version",

@@ -12,7 +12,8 @@ from cascade.conditioning import TextEmbedding
 from cascade.config import AugmentConfig, DiffusionConfig, SamplingConfig, StageConfig, UNetConfig
 from cascade.errors import InputError
 from cascade.pipeline import Cascade
-from cascade.stage import Stage, resolve_settings, seed_list
+from cascade.random import seed_list
+from cascade.stage import Stage, resolve_settings
 from tests.conftest import EMBED, ToyEncoder, tiny_stage
 
 PROMPTS = ["a red apple", "a blue car", "two green leaves", "a cat"]

@@ -290,7 +290,7 @@ def test_learns_a_conditional_gaussian(kind):
         (dict(guidance=math.nan), "guidance"),
         (dict(guidance=math.inf), "guidance"),
         (dict(seed=-1), "seed"),
-        (dict(seeds=[1]), "seeds"),
+        (dict(seeds=[1]), "seed"),
         (dict(negative=make_text(3)), "negative"),
     ],
 )
