@@ -1,0 +1,141 @@
+"""What training a stage takes, computed before anything is read: on fake tensors, which hold no memory.
+
+So the plan of a network of billions of parameters is made on any machine, without data or text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile plans with
+from torch.utils.flop_counter import FlopCounterMode
+
+from cascade.conditioning import Conditioning, TextEmbedding, Tokens
+from cascade.nn.layers import ResBlock
+from cascade.nn.unet import UNet
+from prior.clip import CLIP
+from prior.diffusion import PriorNet
+from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe
+
+TEXT_LENGTH = 77  # tokens of a caption where the recipe leaves them to the text encoder
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of one stage. An image is a training sample: a crop where the stage trains on crops."""
+
+    parameters: int
+    flops: float  # of one image's forward pass; backward is twice that
+    activations: float  # bytes that one image's forward pass keeps for backward
+    casts: float  # bytes of the weights in the working precision, beside the float32 ones
+
+
+def make_plan(recipe: Recipe, stage: str) -> Plan:
+    """The plan of a stage at the recipe's sizes and precision."""
+    dtype = DTYPES[recipe.train_of(stage).precision]
+    with FakeTensorMode():
+        network, run = _network(recipe, stage)
+        two, three = (_measure(run, network, batch, dtype) for batch in (2, 3))
+        parameters = sum(p.numel() for p in network.parameters())
+    kept = three[1] - two[1]  # what does not grow with the batch is weights
+    return Plan(parameters, three[0] - two[0], kept, two[1] - 2 * kept)
+
+
+def _measure(
+    run: Callable[[int], Tensor], network: nn.Module, batch: int, dtype: torch.dtype | None
+) -> tuple[float, float]:
+    """FLOPs of a forward pass, and the bytes it keeps for backward beside the weights themselves."""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages too: a freed one's address would come again
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return x
+
+    def keep_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        keep(inputs[0])
+
+    blocks = [m for m in network.modules() if isinstance(m, ResBlock)]
+    checkpointed = blocks if getattr(network, "gradient_checkpointing", False) else []
+    hooks = [block.register_forward_pre_hook(keep_input) for block in checkpointed]
+    counter = FlopCounterMode(display=False)
+    with (
+        counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        run(batch)
+    for hook in hooks:
+        hook.remove()
+    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+
+
+def _network(recipe: Recipe, stage: str) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    """The stage's network, and its forward pass on a batch of so many images."""
+    part = recipe.of(stage)
+    length = int(recipe.text.get("max_length") or TEXT_LENGTH)
+    if isinstance(part, StageRecipe):
+        return _unet(part, length)
+    return _prior(part, length) if isinstance(part, PriorRecipe) else _clip(part, length)
+
+
+def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    cfg, side = part.stage.unet, part.train.crop_px or part.stage.image_px
+    network = UNet(cfg)
+    network.gradient_checkpointing = part.train.gradient_checkpointing
+
+    def run(batch: int) -> Tensor:
+        text = None if not cfg.text_dims else _text(batch, length, cfg.text_dims)
+        embed = None if cfg.image_embed_dim is None else torch.empty(batch, cfg.image_embed_dim)
+        lowres = torch.empty(batch, cfg.lowres_channels, side, side) if cfg.lowres_channels else None
+        level = None if lowres is None else torch.empty(batch)
+        keep = torch.ones(batch, dtype=torch.bool)
+        cond = Conditioning(
+            text=text,
+            image_embed=embed,
+            lowres=lowres,
+            aug_level=level,
+            text_keep=None if text is None else keep[:, None].expand(-1, len(cfg.text_dims)),
+            image_keep=None if embed is None else keep,
+        )
+        return network(torch.empty(batch, cfg.in_channels, side, side), torch.empty(batch), cond)
+
+    return network, run
+
+
+def _prior(part: PriorRecipe, length: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    cfg = part.model
+    network = PriorNet(cfg)
+
+    def run(batch: int) -> Tensor:
+        dims = (cfg.text_dim,) * (cfg.text_sequence + 1)
+        text = _text(batch, min(length, cfg.text_length), dims, cfg.embed_dim)
+        prefix = network.prepare(text, torch.ones(batch, dtype=torch.bool))
+        return network(torch.empty(batch, cfg.embed_dim), torch.empty(batch), prefix)
+
+    return network, run
+
+
+def _clip(part: ClipRecipe, length: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    cfg = part.model
+    network = CLIP(cfg)
+    network.build_vision()
+
+    def run(batch: int) -> Tensor:
+        text = _text(batch, length, (cfg.text_dim,) * (cfg.text_sequence + 1))
+        images = torch.empty(batch, 3, cfg.image_px, cfg.image_px)
+        return network.encode_image(images).sum() + network.encode_text(text).sum()
+
+    return network, run
+
+
+def _text(batch: int, length: int, dims: tuple[int, ...], pooled: int | None = None) -> TextEmbedding:
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    sequences = tuple(Tokens(torch.empty(batch, length, dim), mask) for dim in dims)
+    return TextEmbedding(sequences, None if pooled is None else torch.empty(batch, pooled))
