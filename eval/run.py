@@ -11,11 +11,13 @@ Paths in the manifest are relative to the folder, so that a run can be moved.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cascade import random
 from cascade.checkpoint import write_json
 from cascade.config import from_dict, read_mapping, to_dict
 from cascade.errors import InputError, unknown
@@ -23,6 +25,7 @@ from eval.suites.suite import Suite
 
 RUN, MANIFEST, PICTURES = "run.json", "manifest.jsonl", "pictures"
 DEFAULT = "default"  # id of the setting in which nothing is changed
+Picture = tuple[int, int]  # prompt, k
 Key = tuple[str, str, int, int]  # model, setting, prompt, k
 
 
@@ -147,6 +150,19 @@ class Run:
         return None if name is None or self.plan.references is None else Path(self.plan.references) / name
 
 
+def picture_seeds(plan: Plan) -> dict[Picture, int]:
+    """The seed of every picture: a function of the run's seed, the prompt's text and k. A text that stands in
+    the suite more than once draws other pictures each time."""
+    seeds: dict[Picture, int] = {}
+    seen: Counter[str] = Counter()
+    for index, prompt in enumerate(plan.suite.prompts):
+        again = [seen[prompt.text]] if seen[prompt.text] else []
+        seen[prompt.text] += 1
+        for k in range(plan.per_prompt):
+            seeds[index, k] = random.key(plan.seed, prompt.text, k, *again)
+    return seeds
+
+
 def read_run(folder: str | Path) -> Run:
     """A finished run. Raises InputError, one line, where the folder is none, is damaged or unfinished."""
     folder = Path(folder)
@@ -199,14 +215,20 @@ def rank_manifests(folder: Path) -> list[Path]:
     return sorted(folder.glob("manifest-*.jsonl"))
 
 
-def item_line(item: Item) -> str:
+def append_items(folder: Path, rank: int, items: Iterable[Item]) -> None:
+    """Add items to what the process `rank` has drawn."""
+    with (folder / f"manifest-{rank}.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(map(_line, items)))
+
+
+def _line(item: Item) -> str:
     return json.dumps(to_dict(item), ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def write_manifest(folder: Path, items: Sequence[Item]) -> None:
     """manifest.jsonl of a finished run; the processes' own files go after it is in place."""
     temporary = folder / f".{MANIFEST}.tmp"
-    temporary.write_text("".join(map(item_line, items)), encoding="utf-8")
+    temporary.write_text("".join(map(_line, items)), encoding="utf-8")
     temporary.replace(folder / MANIFEST)
     for path in rank_manifests(folder):
         path.unlink()

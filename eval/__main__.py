@@ -1,0 +1,233 @@
+"""`python -m eval SUITE` draws, measures, reports and makes the page for people, in one command.
+
+python -m eval skills --out runs/skills                              the embedded default on the own prompts
+accelerate launch -m eval drawbench DrawBench.csv --model A --against B --per-prompt 8 --out RUN
+accelerate launch -m eval coco captions_val2014.json --references val2014 --model A --out RUN
+python -m eval measure|report|blind RUN, python -m eval tally RUN votes/*.json     one part of it again
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cascade.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from eval.run import Run
+
+MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that speaks
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 after bad input (one line on stderr), 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parts = {"measure": _measure, "report": _report, "blind": _blind, "tally": _tally}
+    try:
+        name = argv[0] if argv else ""
+        return parts[name](argv[1:]) if name in parts else _evaluate(argv)
+    except InputError as error:
+        if MAIN:
+            print(f"eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# -- the whole ---------------------------------------------------------------------------------------------
+
+
+def _evaluate(argv: list[str]) -> int:
+    arguments = _parse(_suite_parser(), argv)
+    from eval.evaluate import Request, draw_run
+    from eval.measure import check
+    from eval.settings import make_settings
+    from eval.suites import first, load_suite
+
+    check(arguments.metrics)
+    settings = make_settings(arguments.set, arguments.guidance, arguments.sweep, arguments.ablate)
+    suite = load_suite(arguments.suite, arguments.list, count=arguments.count, seed=arguments.seed)
+    if arguments.limit is not None:
+        suite = first(suite, arguments.limit)
+    request = Request(
+        out=arguments.out or Path("runs") / f"eval-{suite.name}",
+        suite=suite,
+        model=arguments.model,
+        against=arguments.against,
+        settings=settings,
+        per_prompt=arguments.per_prompt,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        stop_at=arguments.stop_at,
+        references=arguments.references,
+        command=f"python -m eval {shlex.join(argv)}",
+    )
+    run = draw_run(request)
+    if run is not None and not arguments.draw_only:
+        _conclude(run, arguments)
+    return 0
+
+
+def _conclude(run: Run, arguments: argparse.Namespace) -> None:
+    """Measure a run, report it, and make the page for people."""
+    from eval.blind import write_blind
+    from eval.report import write_report
+
+    report = _measured(run, arguments)
+    print(write_report(run, report))
+    print(write_blind(run, stage=arguments.stage))
+
+
+def _suite_parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("suite", help="skills, emoji, drawbench, parti, geneval, compbench, dpg, coco, prompts, or a file")
+    add(
+        "list",
+        nargs="?",
+        help="the suite's prompts: a path, or for drawbench and prompts also a hub data set",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="run folder, new or to be continued (default: runs/eval-SUITE)",
+    )
+    add(
+        "--model",
+        metavar="A",
+        help="model folder, hub id, or folder of pictures (default: the embedded model)",
+    )
+    add("--against", metavar="B", help="another one, to compare with")
+    add("--per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    add("--guidance", action="append", default=[], metavar="STAGE=W,W", help="weights to draw with")
+    add("--sweep", action="append", default=[], metavar="STAGE.NAME=V,V", help="values beside the default")
+    add("--ablate", action="append", default=[], metavar="WHAT", help="prior, or lowres")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.NAME=V",
+        help="a sampling setting of every picture",
+    )
+    add("--stop-at", metavar="STAGE", help="last stage to draw (default: the last)")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--batch", type=int, metavar="N", help="pictures drawn together (default: 1 on the CPU, else 16)")
+    add("--limit", type=int, metavar="N", help="only the first N prompts of each category")
+    add("--count", type=int, metavar="N", help="coco: captions to draw (default: 30000)")
+    add("--draw-only", action="store_true", help="draw, and measure another time")
+    _add_measures(parser)
+    return parser
+
+
+# -- its parts ---------------------------------------------------------------------------------------------
+
+
+def _measure(argv: list[str]) -> int:
+    parser = _part_parser("measure", "measure the pictures of a run again; writes report.json and the report")
+    _add_measures(parser)
+    arguments = _parse(parser, argv)
+    from eval.measure import check
+    from eval.run import read_run
+
+    check(arguments.metrics)
+    _conclude(read_run(arguments.run), arguments)
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _part_parser("report", "write the report of a measured run again")
+    parser.add_argument(
+        "--out", type=Path, metavar="HTML", help="elsewhere, to be read without the run folder"
+    )
+    parser.add_argument("--px", type=int, metavar="N", help="longest side of its pictures")
+    arguments = _parse(parser, argv)
+    from cascade.config import read_mapping
+    from eval.report import write_report
+    from eval.run import read_run
+
+    run = read_run(arguments.run)
+    print(write_report(run, read_mapping(arguments.run / "report.json"), out=arguments.out, px=arguments.px))
+    return 0
+
+
+def _blind(argv: list[str]) -> int:
+    parser = _part_parser("blind", "make the blind page of a run")
+    parser.add_argument(
+        "--setting", metavar="ID", help="setting whose pictures are shown (default: the first)"
+    )
+    parser.add_argument(
+        "--against", metavar="ID", help="of a run of one model: the setting to compare it with"
+    )
+    parser.add_argument("--stage", metavar="STAGE", help="default: the last")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the sides (default: drawn, and kept secret)"
+    )
+    arguments = _parse(parser, argv)
+    from eval.blind import write_blind
+    from eval.run import read_run
+
+    choice = {name: getattr(arguments, name) for name in ("setting", "against", "stage", "seed")}
+    print(write_blind(read_run(arguments.run), **choice))
+    return 0
+
+
+def _tally(argv: list[str]) -> int:
+    from eval.tally import main as tally
+
+    return tally(argv)
+
+
+def _measured(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+    from eval.evaluate import processes
+    from eval.measure import measure
+
+    references = arguments.references or run.plan.references
+    return measure(
+        run,
+        metrics=arguments.metrics,
+        references=None if references is None else Path(references),
+        stage=arguments.stage,
+        seed=run.plan.seed,
+        device=str(processes().device),
+    )
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--references", metavar="DIR", help="real pictures: of the suite's prompts, and to measure against")
+    add("--metrics", nargs="+", default=[], metavar="NAME[=SOURCE]", help="default: what needs no download")
+    add("--stage", metavar="STAGE", help="whose pictures are measured (default: the last)")
+
+
+def _part_parser(name: str, description: str) -> _Parser:
+    parser = _Parser(prog=f"python -m eval {name}", description=description, allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    arguments, extra = parser.parse_known_args(argv)
+    if extra:
+        known = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        raise unknown("argument", extra[0], known)
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

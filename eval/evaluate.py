@@ -1,0 +1,108 @@
+"""From what a command asks for to a finished run folder, in one process or several."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from cascade import Cascade
+from cascade.errors import InputError
+from eval.generate import draw_share, finish, run_folder
+from eval.models import Found, code_version, find_pictures, is_model, load_model, take_in
+from eval.progress import shown
+from eval.run import Model, Plan, Run, Setting, append_items, read_items
+from eval.settings import check_settings
+from eval.suites import Suite
+
+PATIENCE = timedelta(days=30)  # of a process that waits for the others to end their share
+ACCELERATOR_BATCH = 16  # pictures drawn together; on the CPU they are drawn one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to draw, and where."""
+
+    out: Path
+    suite: Suite
+    model: str | None = None  # a folder, a hub id, a folder of pictures; None: the embedded default
+    against: str | None = None
+    settings: tuple[Setting, ...] = (Setting(),)
+    per_prompt: int = 1
+    seed: int = 0
+    batch: int | None = None
+    stop_at: str | None = None
+    references: str | None = None
+    command: str = ""
+
+
+def draw_run(request: Request) -> Run | None:
+    """Draw what is missing of a run; every process of a launch calls it, and only the first gets the run.
+
+    Raises InputError, one line and before anything is drawn, where something asked for cannot be."""
+    state = processes()
+    try:
+        device = torch.device(str(state.device))
+        plan, pipes, made = _prepare(request, device)
+        main, rank, world = state.is_main_process, state.process_index, state.num_processes
+        with run_folder(request.out, plan) if main else nullcontext(plan) as plan:
+            if main:
+                there = {item.key for item in read_items(request.out)}
+                for name, found in made.items():
+                    items = take_in(request.out, plan, name, found)
+                    append_items(request.out, rank, [item for item in items if item.key not in there])
+            state.wait_for_everyone()
+            total = sum(1 for _ in plan.keys())
+            with shown(request.out, total) if main else nullcontext(lambda: None) as report:
+                draw_share(request.out, plan, pipes, code_version(), rank, world, report)
+            state.wait_for_everyone()
+            return finish(request.out, plan) if main else None
+    finally:
+        state.destroy_process_group()
+
+
+def processes() -> PartialState:
+    """This process among those of its launch, and its device: one of them or many.
+
+    Kernels of the CPU add up in another order when more threads share the work, which changes the last bits.
+    So a process computes with one thread there, and several cores are used by several processes."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, **({"timeout": PATIENCE} if "LOCAL_RANK" in os.environ else {}))
+    if cpu:
+        torch.set_num_threads(1)
+    return state
+
+
+def _prepare(request: Request, device: torch.device) -> tuple[Plan, dict[str, Cascade], dict[str, Found]]:
+    """(plan, models that draw, pictures made elsewhere), by the models' names in the run."""
+    if request.per_prompt < 1 or (request.batch or 1) < 1:
+        raise InputError("per-prompt and batch: expected at least 1")
+    models: dict[str, Model] = {}
+    pipes: dict[str, Cascade] = {}
+    made: dict[str, Found] = {}
+    sources = {"A": request.model} | ({} if request.against is None else {"B": request.against})
+    for name, source in sources.items():
+        if is_model(source):
+            pipes[name], models[name] = load_model(source, device)
+            check_settings(pipes[name], request.settings, request.stop_at, request.suite, request.references)
+        else:
+            models[name], made[name] = find_pictures(str(source), request.suite, request.per_prompt)
+    plan = Plan(
+        suite=request.suite,
+        models=models,
+        settings=request.settings,
+        per_prompt=request.per_prompt,
+        seed=request.seed,
+        batch=request.batch or (1 if device.type == "cpu" else ACCELERATOR_BATCH),
+        stop_at=request.stop_at,
+        references=request.references,
+        code=code_version(),
+        command=request.command,
+    )
+    return plan, pipes, made
