@@ -38,8 +38,8 @@ class MLP(nn.Module):
 class LevelEmbedding(MLP):
     """An MLP on the sinusoid of a noise level: how it enters a network. B -> B E."""
 
-    def forward(self, level: Tensor) -> Tensor:
-        return super().forward(sinusoid(level, self.dim))
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(sinusoid(x, self.dim))
 
 
 def activation(name: str) -> nn.Module:
