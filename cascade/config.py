@@ -146,9 +146,9 @@ class UNetConfig:
     lowres_channels: int = 0  # 3 in a super-resolution stage
     aug_embedding: bool = True  # such a stage is told its aug level; False: not (Karlo, GLIDE)
     inpaint_channels: int = 0  # 4 in an inpainting network: the picture times its mask, and the mask
-    position_grid: int = (
-        0  # side of the first level's learned position map; 0: none, positions come from padding
-    )
+    # side of the first level's learned position map; 0: none, positions come from padding
+    position_grid: int = 0
+    guess_width: int = 0  # of the network that guesses x_0 from the conditions alone; 0: no guess is made
     dropout: float = 0.0
 
 

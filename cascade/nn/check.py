@@ -7,6 +7,7 @@ import math
 from cascade.config import UNetConfig
 from cascade.errors import InputError
 from cascade.nn.condition import attends_to_tokens, context_width, middle_attention
+from cascade.nn.guess import COARSE
 
 
 def check(cfg: UNetConfig) -> None:
@@ -37,6 +38,9 @@ def check(cfg: UNetConfig) -> None:
         raise InputError(
             f"unet.position_grid {grid}: expected 0 or a multiple of {least}, as the strides are"
         )
+    if cfg.guess_width < 0 or (cfg.guess_width and (not grid or grid % COARSE or cfg.text_transformer)):
+        expected = f"0, or with a position_grid that {COARSE} divides a positive number of channels"
+        raise InputError(f"unet.guess_width {cfg.guess_width}: expected {expected}")
     if cfg.channels[0] % 2:
         raise InputError(f"unet.channels starts with {cfg.channels[0]}: the time embedding needs it even")
     _check_attention(cfg)

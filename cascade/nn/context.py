@@ -20,6 +20,7 @@ class Context:
     mask: Tensor | None  # B L bool; None: every token is attended to
     lowres: Tensor | None  # B 3 H W
     inpaint: Tensor | None = None  # B 4 H W
+    guess: Tensor | None = None  # B 3 H W
 
     @staticmethod
     def cat(parts: list[Context]) -> Context:
@@ -33,9 +34,8 @@ class Context:
             )
         padded = [p._pad(max(lengths, default=0)) for p in parts]
         kv = tuple(torch.cat(same) for same in zip(*(p.kv for p in padded), strict=True))
-        names = ("vector", "mask", "lowres", "inpaint")
-        vector, mask, lowres, inpaint = (_cat([getattr(p, name) for p in padded]) for name in names)
-        return Context(vector, kv, mask, lowres, inpaint)
+        names = ("vector", "mask", "lowres", "inpaint", "guess")
+        return Context(kv=kv, **{name: _cat([getattr(p, name) for p in padded]) for name in names})
 
     def _pad(self, length: int) -> Context:
         if self.mask is None or self.mask.shape[1] == length:

@@ -24,6 +24,7 @@ from cascade.nn.attention import Attention2d
 from cascade.nn.check import check, head_width
 from cascade.nn.condition import ConditionEncoder, context_width, middle_attention
 from cascade.nn.context import Context
+from cascade.nn.guess import Guess
 from cascade.nn.layers import LevelEmbedding, ResBlock, Upsample, activation, norm2d, zero_init
 
 Block = Callable[..., ResBlock]
@@ -68,9 +69,11 @@ class UNet(nn.Module):
         self.time = LevelEmbedding(channels[0], emb_dim, cfg.act)
         self.condition = ConditionEncoder(cfg, emb_dim)
         self.emb_act = activation(cfg.act)
-        in_channels = (cfg.in_channels + cfg.inpaint_channels + cfg.lowres_channels) * cfg.patch**2
+        self.guess = Guess(cfg) if cfg.guess_width else None
+        guessed = cfg.in_channels if cfg.guess_width else 0
+        in_channels = cfg.in_channels + cfg.inpaint_channels + cfg.lowres_channels + guessed
         kernel = cfg.stem_kernel
-        self.stem = nn.Conv2d(in_channels, channels[0], kernel, padding=kernel // 2)
+        self.stem = nn.Conv2d(in_channels * cfg.patch**2, channels[0], kernel, padding=kernel // 2)
         self.positions = nn.ParameterList(position_maps(cfg))
         if self.efficient:
             self.down, self.middle, self.up = self._efficient(block)
@@ -156,7 +159,11 @@ class UNet(nn.Module):
         """Project the conditions and make every attention's token keys and values, once for all steps."""
         context, mask, vector = self.condition(cond, batch)
         kv = tuple(m.context_kv(context) for m in self.token_attentions)
-        return Context(vector, kv, mask if kv else None, cond.lowres, cond.inpaint)
+        guess = None
+        if self.guess is not None:
+            with torch.no_grad():  # it learns from its own loss alone
+                guess = self.guess(cond, batch)
+        return Context(vector, kv, mask if kv else None, cond.lowres, cond.inpaint, guess)
 
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning | Context) -> Tensor:
         context = cond if isinstance(cond, Context) else self.prepare(cond, x.shape[0])
@@ -212,6 +219,8 @@ class UNet(nn.Module):
             if context.lowres is None:
                 raise InputError("a super-resolution network needs lowres, got none")
             parts.append(context.lowres.to(x.dtype))
+        if context.guess is not None:
+            parts.append(resized(context.guess, x).to(x.dtype))
         return torch.cat(parts, dim=1) if len(parts) > 1 else x
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
@@ -241,7 +250,7 @@ def position_maps(cfg: UNetConfig) -> list[nn.Parameter]:
 
 
 def resized(position: Tensor, like: Tensor) -> Tensor:
-    """A position map at the size of `like` (B C H W): pictures of other sizes than in training stretch it."""
+    """A position map or guess at the size of `like` (B C H W): other sizes than in training stretch it."""
     if position.shape[-2:] == like.shape[-2:]:
         return position
     return F.interpolate(position.float(), like.shape[-2:], mode="bilinear", antialias=True)

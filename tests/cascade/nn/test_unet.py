@@ -24,6 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "position maps, adm": dict(layout="adm", position_grid=8),
     "no tokens": dict(text_attention=(False, False), context_dim=20),
     "position maps": dict(position_grid=8),
+    "guess": dict(position_grid=8, guess_width=8),
+    "guess, two texts": dict(position_grid=8, guess_width=8, text_dims=(24, 16), context_dim=20),
 }
 
 
@@ -230,7 +232,11 @@ def test_a_stage_without_self_attention_draws_a_crop_as_the_whole() -> None:
 def test_every_parameter_learns(net: UNet) -> None:
     """With kept and dropped rows in the batch no parameter is left out, as data-parallel training needs."""
     x, time = inputs(4)
-    net(x, time, mixed_keep(net, conditions_for(net, 4), 4)).square().mean().backward()
+    cond = mixed_keep(net, conditions_for(net, 4), 4)
+    loss = net(x, time, cond).square().mean()
+    if net.guess is not None:
+        loss = loss + (net.guess(cond, 4) - x).square().mean()
+    loss.backward()
     trained = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
     assert [name for name, grad in trained.items() if grad is None] == []
     # A softmax does not see a shift of all its keys.
@@ -296,6 +302,7 @@ def test_a_super_resolution_network_needs_its_picture() -> None:
         (dict(patch=0), "unet.patch 0"),
         (dict(position_grid=9), "unet.position_grid 9: expected 0 or a multiple of 2"),
         (dict(position_grid=-2), "unet.position_grid -2"),
+        (dict(guess_width=8), "unet.guess_width 8: expected 0, or with a position_grid that 2 divides"),
         (dict(image_tokens=-1), "unet.image_tokens -1"),
         (dict(layout="adm", strides=(2, 2)), r"unet.strides \(2, 2\): the adm layout needs \(1, 2\)"),
         (dict(text_dims=(), image_embed_dim=None), "neither text_dims nor image_embed_dim"),
@@ -335,3 +342,33 @@ def test_position_maps_tell_places_apart_and_stretch_to_other_sizes() -> None:
     change = (net(x, time, Conditioning()) - before).abs().sum(1)[0]  # H W
     assert change[:3, :3].mean() > 2 * change[5:, 5:].mean()
     assert net(torch.zeros(1, 3, 12, 16), time, Conditioning()).shape == (1, 3, 12, 16)
+
+
+def test_the_guess_reaches_the_network_and_learns_from_its_own_loss_alone() -> None:
+    net = network(position_grid=8, guess_width=8)
+    assert net.guess is not None
+    cond, x, time = conditions_for(net, 2), torch.zeros(2, 3, 8, 8), torch.tensor([999.0, 999.0])
+    guess = net.guess(cond, 2)
+    assert guess.shape == (2, 3, 8, 8)
+    assert torch.equal(net.prepare(cond, 2).guess, guess)
+    out = net(x, time, cond)
+    out.square().mean().backward()
+    assert all(p.grad is None for p in net.guess.parameters())
+    with torch.no_grad():
+        net.guess.conv_out.bias += 1.0
+    assert not torch.allclose(net(x, time, cond), out)
+    assert net(torch.zeros(2, 3, 12, 16), time, cond).shape == (2, 3, 12, 16)
+
+
+def test_the_guess_of_a_dropped_condition_is_that_of_an_absent_one() -> None:
+    net = network(position_grid=8, guess_width=8)
+    assert net.guess is not None
+    with torch.no_grad():
+        for null in (*net.guess.text_nulls, net.guess.image_null):
+            assert null is not None
+            null.normal_()
+    cond, none, drop = conditions_for(net, 2), Conditioning(), torch.zeros(2, dtype=torch.bool)
+    dropped = cond.with_(text_keep=drop[:, None], image_keep=drop)
+    assert torch.equal(net.guess(dropped, 2), net.guess(none, 2))
+    assert not torch.allclose(net.guess(cond.with_(text=None), 2), net.guess(cond, 2))
+    assert not torch.allclose(net.guess(cond.with_(image_embed=None), 2), net.guess(cond, 2))
