@@ -1,4 +1,4 @@
-"""A first guess of the picture from its conditions alone, concatenated to the noisy input of a base network."""
+"""A first guess of a picture from its conditions alone, concatenated to a base network's noisy input."""
 
 from __future__ import annotations
 
