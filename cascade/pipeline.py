@@ -21,9 +21,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from cascade import checkpoint
+from cascade.adapter import load_adapter
 from cascade.conditioning import TextEmbedding
 from cascade.config import StageConfig, from_dict, to_dict
-from cascade.errors import InputError
+from cascade.errors import InputError, unknown
 from cascade.hardware import network_dtype, place_network
 from cascade.images import to_pil
 from cascade.nn.unet import UNet
@@ -187,6 +188,19 @@ class Cascade:
             if isinstance(module, nn.Module):
                 module.to(device).eval().requires_grad_(False)
         self.text_encoder.to(device)
+        return self
+
+    def load_adapter(self, folder: str | Path, scale: float = 1.0) -> Cascade:
+        """Merge the low-rank adapter in `folder` into the component it was trained on, `scale` times; -scale
+        takes it away again, up to rounding. Raises InputError, one line, where it does not fit."""
+        adapter = load_adapter(folder)
+        parts = {"clip": self.clip, PRIOR: self.prior, **self.stages}
+        parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        name = adapter.config.component
+        if name not in parts:
+            raise unknown("component", name, parts, where=f"{folder}")
+        part = parts[name]
+        adapter.merge((part.unet if isinstance(part, Stage) else part).state_dict(), scale)
         return self
 
     @property

@@ -23,7 +23,7 @@ ORDER = [  # inside cascade: a module imports none that stands after it
     ["errors", "random", "conditioning"],
     ["config"],
     ["diffusion", "nn", "images"],
-    ["augment", "text", "checkpoint", "hardware"],
+    ["adapter", "augment", "text", "checkpoint", "hardware"],
     ["stage"],
     ["request"],
     ["pipeline"],

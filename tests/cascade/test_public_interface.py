@@ -37,6 +37,7 @@ def test_names() -> None:
         "device",
         "encode",
         "from_pretrained",
+        "load_adapter",
         "request",
         "save_pretrained",
         "stream",
@@ -54,6 +55,7 @@ def test_signatures() -> None:
         "encode": parameters(Cascade.encode),
         "save": parameters(Cascade.save_pretrained),
         "to": parameters(Cascade.to),
+        "load_adapter": parameters(Cascade.load_adapter),
         "stage": parameters(Stage.sample),
     } == {
         "from_pretrained": "(source=None, *, revision=None, device='cpu', dtype=None, verify=True)",
@@ -63,6 +65,7 @@ def test_signatures() -> None:
         "encode": "(self, prompts)",
         "save": "(self, folder, dtype=None)",
         "to": "(self, device, dtype=None)",
+        "load_adapter": "(self, folder, scale=1.0)",
         "stage": "(self, text=None, *, image_embed=None, lowres=None, seed=0, negative=None, size=None, "
         "micro_batch=None, on_step=None, **settings)",
     }
