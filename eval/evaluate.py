@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -91,6 +91,7 @@ def _prepare(request: Request, device: torch.device) -> tuple[Plan, dict[str, Ca
         if is_model(source):
             pipes[name], models[name] = load_model(source, device)
             check_settings(pipes[name], request.settings, request.stop_at, request.suite, request.references)
+            models[name] = _until(models[name], request.stop_at)
         else:
             models[name], made[name] = find_pictures(str(source), request.suite, request.per_prompt)
     plan = Plan(
@@ -106,3 +107,10 @@ def _prepare(request: Request, device: torch.device) -> tuple[Plan, dict[str, Ca
         command=request.command,
     )
     return plan, pipes, made
+
+
+def _until(model: Model, stop_at: str | None) -> Model:
+    """The model with the stages that are drawn."""
+    names = list(model.stages)
+    names = names if stop_at is None else names[: names.index(stop_at) + 1]
+    return replace(model, stages={name: model.stages[name] for name in names})

@@ -88,7 +88,7 @@ def draw_share(
 ) -> None:
     """Draw what is missing of this process's share: every `world`-th batch from `rank` on. pipes: the models
     that draw, by their name in the plan. report: called after every batch."""
-    artist = _Artist(folder, plan, code)
+    artist = _Artist(folder, plan, pipes, code)
     done = {item.key for item in read_items(folder)}
     pictures = [(prompt, k) for prompt in range(len(plan.suite.prompts)) for k in range(plan.per_prompt)]
     batches = [pictures[start : start + plan.batch] for start in range(0, len(pictures), plan.batch)]
@@ -99,7 +99,7 @@ def draw_share(
             keys = [(model, setting.id, prompt, k) for prompt, k in batch]
             if done.issuperset(keys):
                 continue
-            stages = artist.draw(pipes[model], setting, batch, drawn)
+            stages = artist.draw(model, setting, batch, drawn)
             rows = [{name: x[row] for name, x in stages.items()} for row in range(len(batch))]
             items = [artist.save(key, setting, row) for key, row in zip(keys, rows, strict=True)]
             append_items(folder, rank, items)
@@ -118,20 +118,20 @@ def finish(folder: Path, plan: Plan) -> Run:
 class _Artist:
     """Draws and saves the pictures of a plan."""
 
-    def __init__(self, folder: Path, plan: Plan, code: str) -> None:
-        self.folder, self.plan, self.code = folder, plan, code
+    def __init__(self, folder: Path, plan: Plan, pipes: Mapping[str, Cascade], code: str) -> None:
+        self.folder, self.plan, self.pipes, self.code = folder, plan, pipes, code
         self.seeds = picture_seeds(plan)
 
-    def draw(self, pipe: Cascade, setting: Setting, batch: list[Picture], drawn: Drawn) -> dict[str, Tensor]:
+    def draw(self, model: str, setting: Setting, batch: list[Picture], drawn: Drawn) -> dict[str, Tensor]:
         """A batch at one setting: by stage, B 3 H W in [-1, 1]. drawn: what this batch has at other settings;
         a stage that two settings share is drawn once."""
         texts = [self.plan.suite.prompts[prompt].text for prompt, _ in batch]
         seeds = [self.seeds[picture] for picture in batch]
+        pipe = self.pipes[model]
         source = pipe if setting.embed == "prior" else _without_prior(pipe)
         embed = pipe.encode(texts).pooled if setting.embed == "text" else None
-        names, stages = list(pipe.stages), dict[str, Tensor]()
-        stop = None if self.plan.stop_at is None else names.index(self.plan.stop_at) + 1
-        for name in names[:stop]:
+        stages: dict[str, Tensor] = {}
+        for name in self.plan.models[model].stages:
             depends = _depends(setting, [*stages, name])
             if depends in drawn:
                 pass
@@ -148,15 +148,17 @@ class _Artist:
         return stages
 
     def save(self, key: Key, setting: Setting, stages: Mapping[str, Tensor]) -> Item:
-        """Write an item's pictures, each 3 H W; the item with their hashes."""
+        """Write an item's pictures, each 3 H W; the item with their hashes. The files do not name the
+        setting: a picture that two settings share has one hash, and is measured once."""
         model, _, index, k = key
         prompt, model_sha256 = self.plan.suite.prompts[index], self.plan.models[model].sha256
         chunks = {"prompt": prompt.text, "seed": self.seeds[index, k], "model": model_sha256}
         files, digests = {}, {}
         for name, picture in stages.items():
             files[name] = f"{PICTURES}/{model}/{setting.id}/{name}/{index:04d}-{k}.png"
-            chunks |= {"setting": setting.id, "stage": name}
-            digests[name] = sha256(save_png(to_pil(picture[None])[0], self.folder / files[name], chunks))
+            image = to_pil(picture[None])[0]
+            path = save_png(image, self.folder / files[name], chunks | {"stage": name})
+            digests[name] = sha256(path)
         return Item(
             model=model,
             setting=setting.id,
