@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NoReturn
 
-import yaml
-
-from cascade.config import to_dict
 from cascade.errors import InputError
 from train.recipe import ORDER, Recipe, load_recipe
+from train.signals import REQUEUE, Preempted
 
+SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
 MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes and speaks
+GRACE_S = 5.0  # for the launcher to end the processes that one has left
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists what there is")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train", description=__doc__)
+    parser = Parser(prog="train", description=__doc__)
     add = parser.add_argument
     add("recipe", help="a name in train/recipes, or a YAML file")
     add("--stage", help=f"one of {', '.join(ORDER)}; default: all in this order, then the model folder")
@@ -31,57 +37,57 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 after bad input (one line on stderr), 130 when interrupted or stopped by SIGTERM."""
-    arguments = parse(argv)
+    """Exit status: 0; 2 after bad input (one line on stderr, from the process that met it, or the main
+    one where all did); 75 when stopped by SIGTERM or SIGUSR1 with the state saved, to be queued again; 1
+    where another process failed, which says why; 130 when interrupted."""
     try:
+        arguments = parse(argv)
         recipe = load_recipe(arguments.recipe, arguments.settings)
         if arguments.stage is not None:
             recipe.of(arguments.stage)  # refuses one that the recipe does not train
-        run(recipe, arguments)
+        return run(recipe, arguments)
     except InputError as error:
         if MAIN:
             print(f"train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
-def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
+def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from train.loop import fit
+    from train.processes import Alone, Ended, Lost
     from train.tasks import assemble
 
     out = arguments.out or Path(recipe.out.replace("{name}", recipe.name))
     try:
         if not arguments.assemble:
             for stage in [arguments.stage] if arguments.stage else recipe.stages:
-                if MAIN and not arguments.dry_run:
-                    record(recipe, out, out / f"{stage}-training")
                 fit(recipe, stage, out, dry_run=arguments.dry_run, smoke=arguments.smoke)
         if MAIN and (arguments.assemble or not (arguments.stage or arguments.dry_run)):
             print(f"model folder: {assemble(recipe, out)}")
-    finally:
-        if PartialState._shared_state:  # a process group lives from the first stage to the last
-            PartialState().destroy_process_group()
-
-
-def record(recipe: Recipe, *folders: Path) -> None:
-    """The resolved recipe and the code's version, beside the checkpoints."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        version = subprocess.run(git, capture_output=True, text=True, check=False).stdout
-    except OSError:  # no git here
-        version = ""
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
-            (folder / "version.txt").write_text(version or "unknown\n")
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    except Preempted:
+        return REQUEUE
+    except Ended:
+        return 2
+    except Alone as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    except Lost as error:
+        time.sleep(GRACE_S)  # the process that failed has said why, and the launcher ends this one
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    if PartialState._shared_state:  # a process group lives from the first stage to the last
+        PartialState().destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and SEVERAL:  # an orderly end would wait for processes that are gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

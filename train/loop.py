@@ -2,265 +2,273 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
-import math
 import os
-import signal
-import time
-from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import random
-from cascade.errors import InputError
+from cascade.config import to_dict
 from cascade.images import save_png
 from train.batches import Batch, Batches
-from train.ema import EMA
-from train.recipe import Recipe, TrainConfig
-from train.state import load_state, save_state
+from train.checkpoints import Checkpoints, record
+from train.ema import EMA, PowerEMA
+from train.guards import BINS, Report, Skips, Spikes, by_noise_level, skip_event, skip_message
+from train.optim import MOMENT_BYTES, guarded_mean, learning_rate, make_optimizer, update
+from train.plan import Plan, make_plan
+from train.processes import Told, batches, in_turn, make_accelerator, together
+from train.recipe import Recipe
+from train.signals import Preempted, StopSignal, settle_worker
+from train.state import Trained, gather
+from train.status import Clock, Log, Reports
 from train.tasks import Task, make_task
 
-BINS = 4  # quarters of t in which the loss is reported
 FORK = "fork" if os.name == "posix" else None  # batch makers then share the memory maps
-PATIENCE = timedelta(hours=2)  # of processes for the one that makes a cache or draws a grid
-
-
-def learning_rate(cfg: TrainConfig, images: int) -> float:
-    """Linear warm-up, constant, linear to zero at the end; in training images."""
-    rise = min(1.0, (images + cfg.batch) / cfg.warmup_images) if cfg.warmup_images else 1.0
-    left = (cfg.images - images) / cfg.cooldown_images if cfg.cooldown_images else 1.0
-    return cfg.lr * rise * max(0.0, min(1.0, left))
+Kept = tuple[Tensor, Tensor | None]  # of a step: losses of this process's samples, their noise levels
 
 
 def fit(recipe: Recipe, stage: str, out: Path, *, dry_run: bool = False, smoke: bool = False) -> Path | None:
     """Train one stage to its number of images, from its newest valid state if there is one, and write its
     component, OUT/STAGE. dry_run: only print the plan. smoke: train one step more, whatever the number.
 
-    Raises InputError where the recipe, the data or OUT do not allow it or the loss is not finite, and
-    KeyboardInterrupt after a SIGTERM, when the state is saved."""
-    cfg = recipe.train_of(stage)
-    AcceleratorState._reset_state()  # a stage before may differ in precision; the process group stays
-    accelerator = Accelerator(
-        mixed_precision=cfg.precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-    )
-    rank, world = accelerator.process_index, accelerator.num_processes
-    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not accelerator.is_main_process)
-    if cfg.batch % world:
-        raise InputError(f"{stage}.train.batch {cfg.batch}: expected a multiple of {world} processes")
-    set_seed(random.key(recipe.seed, "init", stage) % 2**32)  # initial weights; every other draw is keyed
-    with accelerator.local_main_process_first():  # which makes the caches
-        task = make_task(recipe, out, stage, planning=dry_run)
-    task.network.to(memory_format=torch.channels_last)
-    flops = forward_flops(task)
-    print_plan(console, task, cfg, accelerator, flops)
-    if dry_run:
-        return None
-
-    folder = out / f"{stage}-training"
-    folder.mkdir(parents=True, exist_ok=True)
-    if cfg.compile and not smoke:
-        task.compile()
-    optimizer = torch.optim.AdamW(
-        task.network.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True
-    )
-    model, optimizer = accelerator.prepare(task, optimizer)
-    task.processes = world
-    ema = EMA(task.network, cfg.ema)
-    identity = {"stage": stage, "network": task.identity(), "batch": cfg.batch, "seed": recipe.seed}
-    counters, resumed, notes = load_state(folder, task.network, ema, optimizer.optimizer, identity)
-    for note in notes:
-        console.print(f"passed over {note}")
-    if resumed is not None:
-        console.print(f"resumed from {resumed.name}")
-
-    total = counters.images + cfg.batch if smoke else cfg.images
-    steps, first = -(-total // cfg.batch), counters.images // cfg.batch
-    # batches are keyed by step and cut by rank already: the loader needs neither sampler state nor sharding
-    loader = DataLoader(
-        Batches(task.make, cfg.batch, rank, world, recipe.seed, stage, steps),
-        batch_size=None,
-        sampler=range(first, steps),
-        num_workers=cfg.workers,
-        prefetch_factor=4 if cfg.workers else None,
-        worker_init_fn=settle_worker,
-        multiprocessing_context=FORK if cfg.workers else None,
-    )
-    log = Log(folder / "log.jsonl", console, accelerator, stage, 3 * flops)
-    model.train()
+    Raises InputError where the recipe, the launch, the data or OUT do not allow it; `Preempted` after a
+    SIGTERM or SIGUSR1, when the state is saved; `Ended` and `Lost` where another process failed."""
     with StopSignal() as stop:
-        for batch in loader:
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-            log.data_ready()
-            # what the network itself draws (dropout) does not depend on how often training was resumed
-            torch.manual_seed(random.key(recipe.seed, "network", stage, counters.images, rank))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, counters.images)
-            losses = model(batch)  # B
-            accelerator.backward(losses.mean())
-            norm = accelerator.clip_grad_norm_(task.network.parameters(), cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update()
-            before, counters.images = counters.images, counters.images + cfg.batch
-            log.step(losses.detach(), batch, cfg.batch, norm)
-
-            done = counters.images >= total
-            last = stop.anywhere(accelerator) or done
-            if crossed(before, counters.images, cfg.log_images) or last:
-                counters.seconds += log.flush(counters.images, total, learning_rate(cfg, before))
-            if accelerator.is_main_process and (crossed(before, counters.images, cfg.save_images) or last):
-                save_state(folder, task.network, ema, optimizer.optimizer, counters, identity)
-                task.save(ema.state_dict())
-            if accelerator.is_main_process and (crossed(before, counters.images, cfg.grid_images) or done):
-                if (sheet := task.grid(ema.state_dict())) is not None:
-                    save_png(sheet, folder / f"grid-{counters.images:010d}.png")
-            if last:
-                break
-            log.data_wanted()
-    if first >= steps and accelerator.is_main_process:
-        task.save(ema.state_dict())  # nothing left to train; the component may be missing
-    accelerator.wait_for_everyone()
+        accelerator = make_accelerator(recipe.train_of(stage), stage)
+        console = Console(
+            highlight=False, markup=False, soft_wrap=True, quiet=not accelerator.is_main_process
+        )
+        plan = make_plan(recipe, stage)
+        print_plan(console, recipe, stage, accelerator, plan)
+        if dry_run:
+            return None
+        with together(accelerator):
+            Run(recipe, stage, out, accelerator, console, plan, stop).train(smoke)
+            accelerator.wait_for_everyone()
     accelerator.free_memory()
-    if stop.received:
-        raise KeyboardInterrupt
     return out / stage
+
+
+class Run:
+    """One stage in training, on this process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: str,
+        out: Path,
+        accelerator: Accelerator,
+        console: Console,
+        plan: Plan,
+        stop: StopSignal,
+    ) -> None:
+        self.recipe, self.stage, self.cfg = recipe, stage, recipe.train_of(stage)
+        self.accelerator, self.console, self.stop = accelerator, console, stop
+        self.main, self.rank, self.world = (
+            accelerator.is_main_process, accelerator.process_index, accelerator.num_processes,
+        )  # fmt: skip
+        self.folder = out / f"{stage}-training"
+        self.task = in_turn(accelerator, lambda: self._make(out))
+        self._prepare()
+        self.clock = Clock(accelerator.device)
+        self.log = Log(self.folder, console, stage, 3 * plan.flops, self.clock, self.main)
+        self.skips, self.spikes = Skips(stage, self.cfg.skip_limit), Spikes()
+
+    def _make(self, out: Path) -> Task:
+        if self.main:
+            record(self.recipe, out, self.folder)
+        # initial weights; every other draw is keyed
+        set_seed(random.key(self.recipe.seed, "init", self.stage) % 2**32)
+        return make_task(self.recipe, out, self.stage)
+
+    def _prepare(self) -> None:
+        """Network, optimiser and averages, spread over the processes."""
+        cfg, task = self.cfg, self.task
+        task.network.to(memory_format=torch.channels_last)
+        task.network.gradient_checkpointing = cfg.gradient_checkpointing
+        if cfg.compile:
+            task.compile()
+        optimizer = make_optimizer(cfg, task.network.parameters())
+        self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
+        task.processes = self.world
+        self.averages = [EMA(task.network, cfg.ema)]
+        self.averages += [PowerEMA(task.network, sigma_rel) for sigma_rel in cfg.ema_sigma_rel]
+        trained = Trained(task.network, self.averages, self.optimizer.optimizer)
+        self.checkpoints = Checkpoints(self.folder, task, trained, cfg, self.accelerator, self.console)
+
+    def train(self, smoke: bool) -> None:
+        """From the newest state to the end; `smoke`: one step from there."""
+        cfg, self.counters = self.cfg, self.checkpoints.resume()
+        self.log.resume(self.counters.images)
+        self.total = self.counters.images + cfg.batch if smoke else cfg.images
+        steps, first = -(-self.total // cfg.batch), self.counters.images // cfg.batch
+        if first >= steps:  # nothing left to train; the component may be missing
+            component = gather(self.averages[0].state_dict(), self.main)
+            if self.main:
+                self.task.save(component)
+            return
+        reports = Reports(self.accelerator.device)
+        self.model.train()
+        self.clock.restart()
+        with self.stop.deferred():
+            for batch in batches(self._loader(first, steps), self.rank, self.world):
+                self.clock.data_ready()
+                self._count(batch, reports)
+                due = self._due()
+                stopped = False
+                for report, kept in reports.ready(everything=any(due.values())):
+                    stopped |= self._heed(report, kept)
+                if stopped or any(due.values()):
+                    self._pause(due, stopped)
+                self.clock.data_wanted()
+
+    def _loader(self, first: int, steps: int) -> DataLoader[Any]:
+        # batches are keyed by step and cut by rank: the loader needs neither sampler state nor sharding
+        cfg, recipe = self.cfg, self.recipe
+        data = Batches(self.task.make, cfg.batch, self.rank, self.world, recipe.seed, self.stage, steps)
+        return DataLoader(
+            Told(data),
+            batch_size=None,
+            sampler=range(first, steps),
+            num_workers=cfg.workers,
+            prefetch_factor=4 if cfg.workers else None,
+            worker_init_fn=settle_worker,
+            multiprocessing_context=FORK if cfg.workers else None,
+        )
+
+    def _count(self, batch: Batch, reports: Reports) -> None:
+        """Make a step of a batch, and count it."""
+        before = self.counters.images
+        batch = {name: x.to(self.accelerator.device, non_blocking=True) for name, x in batch.items()}
+        with self.clock.computing():
+            losses, norm = self._step(batch)
+        self.checkpoints.join()  # before the step counts: a kill never costs more than a save interval
+        for ema in self.averages:
+            ema.update()
+        self.counters.images += self.cfg.batch
+        t = batch.get("t")
+        own = torch.cat([losses.new_tensor([self.stop.received]).float(), by_noise_level(losses, t)])
+        shared = cast(Tensor, self.accelerator.reduce(own, "sum"))
+        reports.add(before, torch.cat([norm.float().view(1), shared]), (losses, t))
+
+    def _step(self, batch: Batch) -> Kept:
+        """One update. Returns the losses of this process's samples, and the norm of the gradient."""
+        cfg, images, accelerator = self.cfg, self.counters.images, self.accelerator
+        # what the network itself draws (dropout) does not depend on how often training was resumed
+        torch.manual_seed(random.key(self.recipe.seed, "network", self.stage, images, self.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, images)
+        losses = []
+        for part in split(batch, cfg.accumulate):
+            with accelerator.accumulate(self.model):  # gradients are shared with the last part alone
+                losses.append(self.model(part))  # B
+                accelerator.backward(guarded_mean(losses[-1]))
+        norm = update(accelerator, self.optimizer, self.task.network.parameters(), cfg.grad_clip)
+        return torch.cat(losses).detach(), norm
+
+    def _due(self) -> dict[str, bool]:
+        """What is to be done after the step that was just made."""
+        cfg, now = self.cfg, self.counters.images
+        every = {"state": cfg.save_images, "grid": cfg.grid_images}
+        if cfg.ema_sigma_rel:
+            every["average"] = cfg.average_images
+        return {what: now >= self.total or crossed(now - cfg.batch, now, n) for what, n in every.items()}
+
+    def _heed(self, report: Report, kept: Kept) -> bool:
+        """Log a step, look at its numbers, and tell whether a process was asked to stop."""
+        cfg, after = self.cfg, report.images + self.cfg.batch
+        self.stop.received |= report.stop
+        self.log.add(report, cfg.batch)
+        self.skips.add(report)
+        if not report.finite:
+            self._name_samples(report, *kept)
+            self.skips.check()
+        for quarter, loss, median in self.spikes.add(report):
+            low, high = quarter / BINS, (quarter + 1) / BINS
+            event = {
+                "event": "spike",
+                "images": report.images,
+                "t": [low, high],
+                "loss": loss,
+                "median": median,
+            }
+            message = f"the loss jumped to {loss:.3g} at t {low} to {high}, where {median:.3g} is usual"
+            self.log.event(event, f"{self.stage} {report.images:>9,}  {message}")
+        if report.stop or after >= self.total or crossed(report.images, after, cfg.log_images):
+            self.counters.seconds += self.log.flush(after, self.total, learning_rate(cfg, report.images))
+        return report.stop
+
+    def _name_samples(self, report: Report, losses: Tensor, t: Tensor | None) -> None:
+        """Tell which samples a skipped update was made of. Collective."""
+        share = range(report.images + self.rank, report.images + self.cfg.batch, self.world)
+        positions = torch.tensor(share, device=losses.device)
+        gathered = [
+            [] if x is None else cast(Tensor, self.accelerator.gather(x)).tolist()
+            for x in (positions, t, losses)
+        ]
+        samples = self.task.make.samples(gathered[0])
+        event = skip_event(self.stage, report, samples, *gathered[1:])
+        self.log.event(event, skip_message(event))
+
+    def _pause(self, due: dict[str, bool], stopped: bool) -> None:
+        """Save, then show. What is slow comes after the state is safe, and a signal ends it at once."""
+        done = self.counters.images >= self.total
+        if not self.skips.in_a_row:  # else the last state stays the newest: this one may be past help
+            component = self.checkpoints.save(self.counters, averages=due.get("average", False))
+            if done or stopped:
+                self.checkpoints.join(needed=True)
+            if self.main and due["grid"] and not stopped:
+                with self.stop.at_once():
+                    if (sheet := self.task.grid(component)) is not None:
+                        save_png(sheet, self.folder / f"grid-{self.counters.images:010d}.png")
+        elif done:
+            self.skips.check(limit=1)
+        if stopped:
+            raise Preempted
 
 
 def crossed(before: int, after: int, every: int) -> bool:
     return before // every != after // every
 
 
-def settle_worker(_: int) -> None:
-    """Prepare a process that makes batches. It outlives a signal to the whole group, so that the last state
-    can be saved; and its big buffers go back to the system at once: glibc would keep them on its heap,
-    which then grows by gigabytes."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD of malloc.h, bytes
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in equal parts, sample after sample."""
+    chunks = {name: x.chunk(parts) for name, x in batch.items()}
+    return [{name: x[i] for name, x in chunks.items()} for i in range(parts)]
 
 
-def forward_flops(task: Task) -> float:
-    """FLOPs of one sample's forward pass, counted on a batch of the recipe's data."""
-    batch = task.make([0, 1], [0, 1])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        task(batch)
-    return counter.get_total_flops() / 2
-
-
-def print_plan(
-    console: Console, task: Task, cfg: TrainConfig, accelerator: Accelerator, flops: float
-) -> None:
-    parameters = sum(p.numel() for p in task.network.parameters())
-    state_gib = parameters * 4 * 5 / 2**30  # weights, gradients, two moments, average: float32
-    number = accelerator.num_processes
-    processes = "1 process" if number == 1 else f"{number} processes"
-    console.print(
-        f"stage {task.name}: {processes} on {accelerator.device.type}, "
-        f"batch {cfg.batch}, precision {cfg.precision}, {parameters / 1e6:.1f}M parameters "
-        f"({state_gib:.2f} GiB with optimiser and average), {flops / 1e9:.2f} GFLOP a forward, "
-        f"{len(task.pictures.train)} training pictures, {cfg.images:,} images to train"
-    )
-
-
-class StopSignal:
-    """In its block, SIGTERM asks for a save and a clean end; one process that got it stops all."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._former: Any = None
-
-    def __enter__(self) -> Self:
-        with suppress(ValueError):  # not in the main thread
-            self._former = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)
-
-    def _receive(self, *_: object) -> None:
-        self.received = True
-
-    def anywhere(self, accelerator: Accelerator) -> bool:
-        if accelerator.num_processes > 1:
-            flag = torch.tensor(float(self.received), device=accelerator.device)
-            self.received = bool(cast(Tensor, accelerator.reduce(flag, "sum")) > 0)
-        return self.received
-
-
-class Log:
-    """The status line and log.jsonl: images/s, loss by noise level, FLOP/s, share of time without data."""
-
-    def __init__(
-        self, path: Path, console: Console, accelerator: Accelerator, stage: str, flops: float
-    ) -> None:
-        self.path, self.console, self.accelerator = path, console, accelerator
-        self.stage, self.flops = stage, flops
-        self._reset(accelerator.device)
-        self.data_wanted()
-
-    def _reset(self, device: torch.device) -> None:
-        self._sums, self._counts = torch.zeros(BINS, device=device), torch.zeros(BINS, device=device)
-        self._images, self._waited, self._mark = 0, 0.0, time.perf_counter()
-        self._norm: Tensor | float = 0.0
-
-    def data_wanted(self) -> None:
-        self._wanted = time.perf_counter()
-
-    def data_ready(self) -> None:
-        self._waited += time.perf_counter() - self._wanted
-
-    def step(self, losses: Tensor, batch: Batch, images: int, norm: Tensor | float | None) -> None:
-        losses = losses.float()
-        t = batch["t"] if "t" in batch else torch.zeros(len(losses), device=losses.device)
-        bins = (t * BINS).long().clamp(max=BINS - 1)
-        self._sums.index_add_(0, bins, losses)
-        self._counts.index_add_(0, bins, torch.ones_like(losses))
-        self._images += images
-        self._norm = norm if norm is not None else 0.0
-
-    def flush(self, images: int, total: int, lr: float) -> float:
-        """Print and write one record. Returns the seconds since the last. Raises InputError where the loss
-        is not finite: a state of such a network is worth nothing."""
-        sums, counts = (cast(Tensor, self.accelerator.reduce(x, "sum")) for x in (self._sums, self._counts))
-        seconds = time.perf_counter() - self._mark
-        rate = self._images / seconds
-        by_level = (sums / counts.clamp(min=1)).tolist()
-        loss = float(sums.sum() / counts.sum())
-        if not math.isfinite(loss):
-            raise InputError(f"the loss of stage {self.stage} is {loss} at image {images:,}: lower train.lr")
-        waited, norm = self._waited / seconds, float(self._norm)
-        record = {
-            "images": images,
-            "loss": loss,
-            "loss_by_t": by_level,
-            "images_per_s": rate,
-            "flop_per_s": rate * self.flops,
-            "data_wait": waited,
-            "grad_norm": norm,
-            "lr": lr,
-            "seconds": seconds,
-        }
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        levels = " ".join(f"{x:.4f}" for x, n in zip(by_level, counts.tolist(), strict=True) if n)
-        self.console.print(
-            f"{self.stage} {images:>9,}/{total:,}  loss {loss:.4f} (by t: {levels})  {rate:.1f} img/s  "
-            f"{rate * self.flops / 1e9:,.0f} GFLOP/s  data {waited:.1%}  |g| {norm:.2f}  "
-            f"lr {lr:.1e}  {(total - images) / rate / 60:.0f} min left"
-        )
-        self._reset(self._sums.device)
-        return seconds
+def print_plan(console: Console, recipe: Recipe, stage: str, accelerator: Accelerator, plan: Plan) -> None:
+    """What is about to be trained, on what, and what it takes; then the recipe, complete."""
+    cfg, world = recipe.train_of(stage), accelerator.num_processes
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    share = cfg.batch // world // cfg.accumulate
+    # weights, gradients, moments and averages in float32
+    each = 4 + 4 + MOMENT_BYTES[cfg.optimizer] + 4 * (1 + len(cfg.ema_sigma_rel))
+    state = plan.parameters * each / (world if sharded else 1)
+    memory = [x / 2**30 for x in (state, plan.casts, plan.activations * share)]
+    device = f"{'FSDP2' if sharded else 'DDP' if world > 1 else 'alone'} on {accelerator.device.type}"
+    lines = {
+        "stage": stage,
+        "world size": f"{world} ({device})",
+        "global batch": f"{cfg.batch} = {world} x {cfg.accumulate} accumulated x {share}",
+        "precision": cfg.precision,
+        "parameters": f"{plan.parameters / 1e6:.1f}M",
+        "FLOP per image": f"{3 * plan.flops / 1e9:.2f}G (forward {plan.flops / 1e9:.2f}G)",
+        "memory per process": f"{sum(memory):.2f} GiB estimated (weights, gradients, optimiser and averages "
+        f"{memory[0]:.2f}, casts {memory[1]:.2f}, activations {memory[2]:.2f})",
+        "images to train": f"{cfg.images:,}",
+    }
+    for name, value in lines.items():
+        console.print(f"{name}: {value}")
+    resolved = to_dict(recipe) | {name: None for name in ("clip", "prior", "base", "sr256", "sr1024")}
+    resolved[stage] = to_dict(recipe.of(stage))
+    plain = {name: value for name, value in resolved.items() if value is not None}
+    console.print("recipe:")
+    console.print(yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=110).rstrip())

@@ -16,15 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cascade.config import to_dict
 from cascade.errors import InputError
 from train import loop
 from train.__main__ import main
-from train.loop import crossed, learning_rate
+from train.loop import crossed
+from train.optim import learning_rate
 from train.recipe import ORDER, Recipe, TrainConfig
+from train.signals import REQUEUE, settle_worker
 
 ROOT = Path(__file__).parents[2]
 Tiny = Callable[..., Recipe]
@@ -83,55 +87,65 @@ def test_training_lowers_the_loss(recipe_file: Path, tmp_path: Path) -> None:
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
-def resumed(recipe_file: Path, trained: Path, out: Path, *settings: str) -> None:
-    """Train the base stage, stop it by SIGTERM after two of three steps, and let it go on."""
-    argv = [str(recipe_file), "--out", str(out), "--stage", "base"]
+def resumed(recipe_file: Path, trained: Path, out: Path, stage: str, *settings: str) -> None:
+    """Train a stage, stop it by a signal in the second of three steps, and let it go on."""
+    argv = [str(recipe_file), "--out", str(out), "--stage", stage]
     argv += [word for setting in settings for word in ("--set", setting)]
-    shutil.copytree(trained / "clip", out / "clip")
+    if stage != "clip":
+        shutil.copytree(trained / "clip", out / "clip")
     steps = 0
     with pytest.MonkeyPatch.context() as patch:
 
-        def step(self: loop.Log, *arguments: Any) -> None:
+        def step(self: loop.Run, *arguments: Any) -> Any:
             nonlocal steps
             steps += 1
-            original(self, *arguments)
             if steps == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return original(self, *arguments)
 
-        original = loop.Log.step
-        patch.setattr(loop.Log, "step", step)
-        former = signal.getsignal(signal.SIGTERM)
-        assert main([*argv, "--set", "base.train.save_images=1000"]) == 130
-        assert signal.getsignal(signal.SIGTERM) == former
+        original = loop.Run._step
+        patch.setattr(loop.Run, "_step", step)
+        former = signal.getsignal(signal.SIGUSR1)
+        assert main([*argv, "--set", f"{stage}.train.save_images=1000"]) == REQUEUE == 75
+        assert signal.getsignal(signal.SIGUSR1) == former
     assert steps == 2
-    assert [n for n in names(out / "base-training") if n.startswith("state")] == ["state-0000000016"]
-    assert (out / "base").is_dir()  # the component as well
+    assert [n for n in names(out / f"{stage}-training") if n.startswith("state")] == ["state-0000000016"]
+    assert (out / stage).is_dir()  # the component as well
     assert main(argv) == 0
 
 
-@pytest.mark.parametrize("settings", [(), ("base.stage.unet.dropout=0.2", "base.train.workers=1")])
+HARDER = ("base.stage.unet.dropout=0.2", "base.train.workers=1", "base.train.ema_sigma_rel=[0.1]")
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"), [*((stage, ()) for stage in ORDER), ("base", HARDER)], ids=[*ORDER, "harder"]
+)
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     recipe_file: Path,
     trained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    stage: str,
     settings: tuple[str, ...],
 ) -> None:
-    """Bit for bit, dropout and worker processes included."""
-    whole = trained
+    """Bit for bit, of every stage; dropout, worker processes and a second average included."""
+    whole, parts = trained, tmp_path / "parts"
     if settings:
         whole = tmp_path / "whole"
         shutil.copytree(trained / "clip", whole / "clip")
-        argv = [str(recipe_file), "--out", str(whole), "--stage", "base"]
+        argv = [str(recipe_file), "--out", str(whole), "--stage", stage]
         assert main([*argv, *(word for setting in settings for word in ("--set", setting))]) == 0
-    resumed(recipe_file, trained, tmp_path / "parts", *settings)
-    assert "resumed from state-0000000016" in capsys.readouterr().out
-    for name in ("ema", "network", "optimizer"):
-        expected, found = tensors(whole, "base", name), tensors(tmp_path / "parts", "base", name)
+    resumed(recipe_file, trained, parts, stage, *settings)
+    output = capsys.readouterr().out
+    assert "resumed from state-0000000016" in output
+    assert "other settings than before: train.save_images 1000 there, 8 now" in output
+    for name in ("ema", "network", "optimizer", *(["ema-0.1"] if settings else [])):
+        expected, found = tensors(whole, stage, name), tensors(parts, stage, name)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [r["loss"] for r in records(parts, stage)] == [r["loss"] for r in records(whole, stage)]
     if settings:
-        plain, found = tensors(trained, "base"), tensors(tmp_path / "parts", "base")
+        plain, found = tensors(trained, stage), tensors(parts, stage)
         assert any(not torch.equal(plain[key], found[key]) for key in plain)  # dropout is on
 
 
@@ -153,18 +167,28 @@ def test_damaged_and_foreign_states_are_named(
     out = capsys.readouterr().out
     assert "passed over state-0000000024: ema.safetensors is damaged (sha256 differs)" in out
     assert "resumed from state-0000000016" in out
-    assert main([*argv, "--set", "sr256.train.batch=12"]) == 0
-    assert "belongs to another configuration (batch)" in capsys.readouterr().out
+    before = names(tmp_path / "sr256-training")
+    assert main([*argv, "--set", "sr256.train.batch=12"]) == 2
+    error = capsys.readouterr().err
+    assert "state-0000000024: it belongs to another configuration (batch 8 there, 12 now)" in error
+    assert "set it back, or give another --out" in error and error.count("\n") == 1
+    assert names(tmp_path / "sr256-training") == before
 
 
 def test_a_dry_run_prints_every_plan_and_writes_nothing(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert main([str(recipe_file), "--dry-run", "--out", str(out)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
-    assert [line.split()[1].rstrip(":") for line in lines] == list(ORDER)
-    assert "12 training pictures, 24 images to train" in lines[0]
+    text = capsys.readouterr().out
+    assert re.findall(r"^stage: (.*)$", text, re.M) == list(ORDER)
+    for line in ("world size: 1 (alone on cpu)", "global batch: 8 = 1 x 1 accumulated x 8", "precision: no"):
+        assert text.count(f"\n{line}\n") == len(ORDER)
+    for name in ("parameters", "FLOP per image", "memory per process"):
+        assert len(re.findall(rf"^{name}: [\d.]+", text, re.M)) == len(ORDER)
+    _, base = text.split("stage: base")
+    printed = yaml.safe_load(base.split("recipe:\n")[1].split("\nstage: ")[0])
+    assert printed["base"] == to_dict(tiny().base) and "clip" not in printed
     assert not out.exists()
 
 
@@ -182,17 +206,6 @@ def test_the_recipe_and_the_version_stand_beside_the_checkpoints(trained: Path, 
     for folder in (trained, trained / "base-training"):
         assert load_recipe(str(folder / "recipe.yaml")) == tiny()
         assert (folder / "version.txt").read_text().strip()
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = [str(recipe_file), "--out", str(tmp_path), "--stage", "sr256"]
-    assert main([*argv, "--set", "sr256.train.lr=1e30", "--set", "sr256.train.warmup_images=0"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train: the loss of stage sr256 is") and error.count("\n") == 1
-    states = [n for n in names(tmp_path / "sr256-training") if n.startswith("state")]
-    assert states in ([], ["state-0000000008"])  # the first loss is of the initial weights
 
 
 def test_stages_of_different_precision_follow_each_other(
@@ -225,7 +238,7 @@ class Worker(Dataset[dict[str, Tensor]]):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 def test_batch_makers_outlive_signals_and_keep_no_buffers() -> None:
-    loader = DataLoader(Worker(), batch_size=None, num_workers=1, worker_init_fn=loop.settle_worker)
+    loader = DataLoader(Worker(), batch_size=None, num_workers=1, worker_init_fn=settle_worker)
     reports = [(bool(batch["ignored"].all()), float(batch["anonymous"])) for batch in loader]
     assert all(ignored for ignored, _ in reports)
     assert reports[-1][1] - reports[4][1] < 100  # MiB; each batch has 24
@@ -322,7 +335,7 @@ def test_two_processes_train_what_one_does(recipe_file: Path, trained: Path, tmp
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "2 processes on cpu" in outputs[0] and "stage clip" not in outputs[1]
+    assert "world size: 2 (DDP on cpu)" in outputs[0] and "stage:" not in outputs[1]
     for stage in ("clip", "base"):
         for one, two in zip(records(trained, stage), records(tmp_path, stage), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -1,0 +1,142 @@
+"""Several processes as one: what fails on one of them ends all, and one of them says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import distributed
+from torch.utils.data import Dataset
+
+from cascade.errors import InputError
+from train.recipe import TrainConfig
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # of processes for the one that makes a cache or draws a grid
+
+
+class Alone(InputError):
+    """Bad input that this process met and the others may not have: it speaks, whichever it is."""
+
+
+class Ended(Exception):
+    """Another process failed, and says why."""
+
+
+class Lost(Exception):
+    """The other processes cannot be reached."""
+
+
+def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
+    """The processes, device and precision of a stage. Raises InputError for settings that do not go
+    together."""
+    AcceleratorState._reset_state()  # a stage before may differ in precision; the process group stays
+    if cfg.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError(f"{stage}.train.precision fp16: expected a GPU; no and bf16 need none")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=cfg.precision,
+            gradient_accumulation_steps=cfg.accumulate,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"launch settings: {str(error).strip().splitlines()[0]}") from None
+    _check(accelerator, cfg, stage)
+    return accelerator
+
+
+def _check(accelerator: Accelerator, cfg: TrainConfig, stage: str) -> None:
+    where, world = f"{stage}.train", accelerator.num_processes
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.gradient_accumulation_steps != cfg.accumulate:
+        found = f"gradient_accumulation_steps {accelerator.gradient_accumulation_steps} of the launch"
+        raise InputError(f"{found}: expected {where}.accumulate, {cfg.accumulate}; set it there alone")
+    if sharded and not accelerator.is_fsdp2:
+        raise InputError("launch settings: fsdp_version 1: expected 2")
+    if sharded and cfg.precision == "fp16":
+        raise InputError(f"{where}.precision fp16: expected bf16 under FSDP")
+    if sharded and cfg.optimizer != "adamw":
+        raise InputError(
+            f"{where}.optimizer {cfg.optimizer}: expected adamw under FSDP, which shards its moments"
+        )
+    if stage == "clip" and cfg.accumulate > 1:
+        why = "as every caption is held against every picture of the batch"
+        raise InputError(f"{where}.accumulate {cfg.accumulate}: expected 1, {why}")
+    parts = world * cfg.accumulate
+    if cfg.batch % parts:
+        near = f"{max(1, cfg.batch // parts) * parts} or {-(-cfg.batch // parts) * parts}"
+        processes = f"{world} processes" + (f" x {cfg.accumulate} parts" if cfg.accumulate > 1 else "")
+        raise InputError(f"{where}.batch {cfg.batch}: expected a multiple of {processes}, such as {near}")
+
+
+def in_turn(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """`make()` on every process, first on one of each machine, which makes the caches. Where it raises
+    InputError on any, all end."""
+    made, error = [], None
+    for first in (True, False):
+        if accelerator.is_local_main_process == first:
+            try:
+                made.append(make())
+            except InputError as caught:
+                error = caught
+        accelerator.wait_for_everyone()
+    agree(accelerator, error)
+    return made[0]
+
+
+def agree(accelerator: Accelerator, error: InputError | None) -> None:
+    """End all processes where one has an error: the first of them raises it, the others `Ended`."""
+    flag = torch.tensor([error is not None], device=accelerator.device)
+    failed = accelerator.gather(flag).nonzero().flatten().tolist()
+    if not failed:
+        return
+    if error is None or failed[0] != accelerator.process_index:
+        raise Ended
+    raise error if accelerator.is_main_process else Alone(f"rank {accelerator.process_index}: {error}")
+
+
+def chosen_by_main(accelerator: Accelerator, number: int) -> int:
+    """The main process's number, on all."""
+    flag = torch.tensor([number], device=accelerator.device)
+    return int(accelerator.gather(flag)[0])
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Tell a process that has gone from an error of one's own."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        gone = isinstance(error, distributed.DistError) or "by peer" in str(error)
+        if accelerator.num_processes > 1 and gone:
+            raise Lost(f"rank {accelerator.process_index}: the other processes are gone ({reason})") from None
+        raise
+
+
+class Told(Dataset[Any]):
+    """A dataset for worker processes that hands bad input over as a value: the loader would wrap what is
+    raised in the worker's traceback."""
+
+    def __init__(self, inner: Dataset[Any]) -> None:
+        self._inner = inner
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._inner[index]
+        except InputError as error:
+            return str(error)
+
+
+def batches(loader: Iterable[Any], rank: int, world: int) -> Iterator[Any]:
+    """The batches of a loader of `Told` data. Raises `Alone` for bad input."""
+    for batch in loader:
+        if isinstance(batch, str):
+            raise Alone(f"rank {rank}: {batch}" if world > 1 else batch)
+        yield batch
