@@ -27,7 +27,7 @@ EXACT = 14  # up to here all 2^(n-1) sign vectors are fewer than FLIPS
 BLOCK = 2**22  # numbers drawn at a time
 
 
-def wilson(hits: int, count: int, z: float = Z95) -> tuple[float, float]:
+def wilson(hits: float, count: float, z: float = Z95) -> tuple[float, float]:
     """Score interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22:209): unlike the mean +- z sd of the
     binomial it stays in [0, 1] and has a width at 0 and at `count` hits. z: the normal quantile."""
     if not 0 <= hits <= count or count < 1:

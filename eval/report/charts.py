@@ -124,6 +124,10 @@ def estimate(value: float, low: float | None, high: float | None, sign: bool = F
     return number(value, digits, sign), f"{number(low, digits, sign)} to {number(high, digits, sign)}"
 
 
+def percent(share: dict[str, Any]) -> str:
+    return f"{share['mean']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
+
+
 def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 

@@ -60,7 +60,7 @@ class Gallery:
 
     def __init__(self, run: Run, px: int | None = None) -> None:
         self.run = run
-        self.settings: list[Setting] = [s for s in run.settings if s.study in ("", "guidance")]
+        self.settings: list[Setting] = [s for s in run.settings if not s.study or "guidance" in s.study]
         self.stages = list(dict.fromkeys(name for model in run.models.values() for name in model.stages))
         self.shown, self.px = self._affordable(px)
         self._items: dict[tuple[str, str, int], list[Item]] = defaultdict(list)
@@ -113,7 +113,7 @@ class Gallery:
             prompt.category: index for index, prompt in reversed(list(enumerate(self.run.suite.prompts)))
         }
         chosen = sorted(firsts.values())[:STUDY_PROMPTS]
-        names = dict.fromkeys(s.study for s in self.run.settings if s.study not in ("", "guidance"))
+        names = dict.fromkeys(s.study for s in self.run.settings if s not in self.settings)
         tables = []
         for study in names:
             settings = [self.settings[0], *(s for s in self.run.settings if s.study == study)]

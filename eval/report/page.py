@@ -9,12 +9,14 @@ from typing import Any
 
 from eval.pages import environment
 from eval.report.charts import (
+    OVERALL,
     Chart,
     category_chart,
     difference_chart,
     estimate,
     number,
     p_value,
+    percent,
     planes,
 )
 from eval.report.gallery import Extremes, Gallery
@@ -88,7 +90,8 @@ def render(
         gallery=gallery,
         setting_names=[setting_name(s) for s in gallery.settings],
         people=people,
-        estimate=estimate,
+        overall=OVERALL,
+        percent=percent,
         p_value=p_value,
         facts=facts(run, report),
     )  # fmt: skip
