@@ -98,6 +98,11 @@ class CLIP(nn.Module):
         self._vision_built = False
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    @property
+    def image_px(self) -> int:
+        """Side of the pictures that the vision tower sees."""
+        return self.config.image_px
+
     def build_vision(self) -> None:
         """Import open_clip and put its VisionTransformer around the parameters, which stay the same objects:
         an optimizer that holds them goes on working. It happens by itself at the first picture; call it

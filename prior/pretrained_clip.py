@@ -37,6 +37,12 @@ class OpenCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(MAX_LOGIT_SCALE), requires_grad=False)
         self._loaded: list[nn.Module] = []  # in a list, so that it is no submodule
 
+    @property
+    def image_px(self) -> int:
+        """Side of the pictures that the vision tower sees; loads the tower."""
+        settings: Any = self._vision().preprocess_cfg
+        return settings["size"][0] if isinstance(settings["size"], (tuple, list)) else settings["size"]
+
     def encode_text(self, text: TextEmbedding) -> Tensor:
         """Unit vectors, B D, float32. Raises InputError where the text encoder gave none of this width."""
         name, width = self.config.model, self.config.embed_dim
@@ -53,9 +59,8 @@ class OpenCLIP(nn.Module):
         Returns unit vectors, B D, float32."""
         tower = self._vision().to(images.device)
         settings: Any = tower.preprocess_cfg
-        px = settings["size"][0] if isinstance(settings["size"], (tuple, list)) else settings["size"]
         mean, std = (images.new_tensor(settings[key])[:, None, None] for key in ("mean", "std"))  # 3 1 1
-        pixels = (resize(images, px) + 1) / 2
+        pixels = (resize(images, self.image_px) + 1) / 2
         features = tower((pixels - mean) / std)
         name, width = self.config.model, self.config.embed_dim
         if features.shape[-1] != width:

@@ -1,38 +1,37 @@
-"""Batches of each stage: everything a step consumes, keyed by the sample's position in the run."""
+"""Batches of each stage: everything a step consumes, keyed by the sample's position in the run.
+
+Loader processes read pictures and look captions up. What only the training process can do, with the device
+and the encoders, it does to the batches that it receives from them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from cascade import random
 from cascade.augment import corrupt_training
 from cascade.conditioning import Conditioning, TextEmbedding, Tokens
 from cascade.images import downsample, from_uint8
-from train.data import PictureSet, TextStore
+from train.data import PictureSet, Reader
+from train.encoded import ImageStore, TextStore
 from train.recipe import ClipRecipe, Recipe, StageRecipe
 
 Batch = dict[str, Tensor]
-CACHED_PX = 256  # larger pictures are decoded one by one: all of them would fit neither memory nor disk
 CROP_CANDIDATES = 2  # of which the crop with more contrast is kept: much of a drawing is flat
 
 
 class Batches(Dataset[Batch]):
-    """Item k is this process's share of step k. `make(positions, seeds)` builds it."""
+    """Item k is this process's share of step k. Out of a loader process it may lack what `Maker.complete`
+    fills in."""
 
     def __init__(
-        self,
-        make: Callable[[list[int], list[int]], Batch],
-        batch: int,
-        rank: int,
-        world: int,
-        seed: int,
-        stage: str,
-        steps: int,
+        self, make: Maker, batch: int, rank: int, world: int, seed: int, stage: str, steps: int
     ) -> None:
         self._make, self._batch, self._rank, self._world = make, batch, rank, world
         self._seed, self._stage, self._steps = seed, stage, steps
@@ -43,30 +42,95 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         positions = list(range(step * self._batch + self._rank, (step + 1) * self._batch, self._world))
         seeds = [random.key(self._seed, "train", self._stage, p) for p in positions]
-        return self._make(positions, seeds)
+        in_loader = get_worker_info() is not None
+        return self._make.draw(positions, seeds) if in_loader else self._make(positions, seeds)
 
 
-class Maker:
-    """What the stages' batches share: sample order, captions, dropout flags, noise levels."""
+@dataclass(frozen=True)
+class Sample:
+    """What a loader process reads of one picture."""
 
-    def __init__(self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore) -> None:
-        self.recipe, self.stage, self.pictures, self.text = recipe, stage, pictures, text
+    index: int
+    pixels: Tensor | None = None  # 3 H W, uint8
+    embed: Tensor | None = None  # D, its CLIP embedding
+    view: Tensor | None = None  # 3 H W, uint8: what CLIP is shown, where no embedding is stored
+
+
+class Maker(ABC):
+    """What the stages' batches share: samples, captions, dropout flags, noise levels. A call gives a whole
+    batch; `draw` and `complete` are the halves of the loader's and of the training process."""
+
+    images: ImageStore | None = None  # where image embeddings come from, in a stage that takes them
+
+    def __init__(self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore, px: int) -> None:
+        """px: the size that the stage needs a picture to have."""
+        self.stage, self.pictures, self.text = stage, pictures, text
         self.train = recipe.train_of(stage)
-        self.order = pictures.order(random.key(recipe.seed, "order", stage))
+        self._seed = random.key(recipe.seed, "order", stage)
+        self.reader = Reader(pictures, pictures.order(self._seed, px))
+        self.pixels = pictures.view(px)
+
+    def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
+        return self.complete(self.draw(positions, seeds))
+
+    @abstractmethod
+    def draw(self, positions: list[int], seeds: list[int]) -> Batch:
+        """The batch; where something is yet to be encoded, `captions` (as bytes) and `views` stand for it."""
+
+    def complete(self, batch: Batch, device: torch.device | str = "cpu") -> Batch:
+        """Encode what is not yet."""
+        done = {name: value for name, value in batch.items() if name not in ("captions", "views")}
+        if "captions" in batch:
+            self.text.encoder.to(device)
+            done |= text_batch(self.text(unpacked(batch["captions"])))
+        if "views" in batch:
+            assert self.images is not None
+            self.images.clip.to(device)
+            done["image_embed"] = self.images.encode(batch["views"].to(device))
+        return done
 
     def samples(self, positions: list[int]) -> list[int]:
-        return [self.order[p // self.train.crops_per_picture] for p in positions]
+        """Numbers of the pictures at positions of the run."""
+        return [sample.index for sample in self.read_at(positions)]
 
-    def captions(self, samples: list[int], seeds: list[int]) -> Batch:
-        """A caption form a sample, by `caption_weights`: states0, mask0, states1, ... by token sequence."""
-        edges = np.cumsum(self.recipe.data.caption_weights)
-        draws = random.uniform(seeds, "caption")[:, 0].numpy() * edges[-1]
-        forms = np.searchsorted(edges[:-1], draws, side="right")
-        text = self.text([3 * s + int(f) for s, f in zip(samples, forms, strict=True)])
-        batch: Batch = {}
-        for i, tokens in enumerate(text.sequences):
-            batch |= {f"states{i}": tokens.states, f"mask{i}": tokens.mask}
-        return batch
+    def read_at(self, positions: list[int]) -> list[Sample]:
+        """What is read at positions of the run."""
+        rows, last = [], None
+        for position in positions:
+            place = position // self.train.crops_per_picture  # the crops of a picture are neighbours
+            if last is None or last[0] != place:
+                seed = random.key(self._seed, "square", place)
+                last = place, self.reader(place, lambda index, seed=seed: self.read(index, seed))
+            rows.append(last[1])
+        return rows
+
+    def read(self, index: int, seed: int) -> Sample:
+        """One picture. Raises BadPicture."""
+        return Sample(index, self.pixels(index, seed))
+
+    def embed_of(self, index: int) -> dict[str, Tensor]:
+        """The picture's embedding or, where none are stored, what CLIP is shown."""
+        if self.images is None:
+            return {}
+        if self.images.cache is None:
+            return {"view": self.images.view(index)}
+        return {"embed": self.images(index)}
+
+    def embeds(self, samples: list[Sample]) -> Batch:
+        """`image_embed` B D, or `views` B 3 H W, or nothing in a stage that takes none."""
+        for name, rows in (("image_embed", [s.embed for s in samples]), ("views", [s.view for s in samples])):
+            if found := [row for row in rows if row is not None]:
+                return {name: torch.stack(found)}
+        return {}
+
+    def captions(self, samples: list[Sample], seeds: list[int]) -> Batch:
+        """A caption a sample by the captions' weights: states0, mask0, states1, ... by token sequence, or
+        `captions` where the cache lacks one."""
+        texts = [self.pictures.caption(s.index, seed) for s, seed in zip(samples, seeds, strict=True)]
+        rows = [row for row in self.text.rows(texts) if row is not None]
+        if len(rows) < len(texts):
+            return {"captions": packed(texts)}
+        return text_batch(self.text.padded(rows))
 
     def keep(self, seeds: list[int]) -> Batch:
         """What each sample is still told: `keep_text` B S, a column a token sequence; `keep_image` B."""
@@ -85,34 +149,34 @@ class Maker:
 
 class ClipMaker(Maker):
     def __init__(self, recipe: Recipe, pictures: PictureSet, text: TextStore) -> None:
-        super().__init__(recipe, "clip", pictures, text)
         part = recipe.of("clip")
         assert isinstance(part, ClipRecipe)
-        self.images = pictures.pixels(part.model.image_px)
-        # the same label in the same style is the same caption
-        numbers: dict[tuple[str, str], int] = {}
-        self.groups = [numbers.setdefault((r["label"], r["style"]), len(numbers)) for r in pictures.records]
+        super().__init__(recipe, "clip", pictures, text, part.model.image_px)
 
-    def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
-        samples = self.samples(positions)
-        x = pixels(self.images, samples)
+    def draw(self, positions: list[int], seeds: list[int]) -> Batch:
+        samples = self.read_at(positions)
+        x = whole(samples)
         # shifts of up to 3 px: a tower with few pictures otherwise learns their pixels by heart
         moves = (random.uniform(seeds, "shift", count=2) * 7).long() - 3
         x = torch.stack([torch.roll(row, tuple(m.tolist()), (1, 2)) for row, m in zip(x, moves, strict=True)])
-        group = torch.tensor([self.groups[s] for s in samples])
+        group = torch.tensor([self.pictures.group(s.index) for s in samples])
         return {"x": x, "group": group, **self.captions(samples, seeds)}
 
 
 class PriorMaker(Maker):
-    def __init__(self, recipe: Recipe, pictures: PictureSet, text: TextStore, embeds: Tensor) -> None:
-        super().__init__(recipe, "prior", pictures, text)
-        self.embeds = embeds
+    def __init__(self, recipe: Recipe, pictures: PictureSet, text: TextStore, images: ImageStore) -> None:
+        assert recipe.clip is not None
+        super().__init__(recipe, "prior", pictures, text, 1)
+        self.images, self.embed_dim = images, recipe.clip.embed_dim
 
-    def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
-        samples = self.samples(positions)
+    def read(self, index: int, seed: int) -> Sample:
+        return Sample(index, **self.embed_of(index))
+
+    def draw(self, positions: list[int], seeds: list[int]) -> Batch:
+        samples = self.read_at(positions)
         return {
-            "x": self.embeds[samples],
-            "noise": random.normal((self.embeds.shape[1],), seeds, "noise"),
+            **self.embeds(samples),
+            "noise": random.normal((self.embed_dim,), seeds, "noise"),
             "t": self.times(positions, seeds),
             **self.captions(samples, seeds),
             **self.keep(seeds),
@@ -121,24 +185,24 @@ class PriorMaker(Maker):
 
 class StageMaker(Maker):
     def __init__(
-        self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore, embeds: Tensor | None
+        self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore, images: ImageStore | None
     ) -> None:
-        super().__init__(recipe, stage, pictures, text)
         part = recipe.of(stage)
         assert isinstance(part, StageRecipe)
-        self.cfg, self.embeds = part.stage, embeds
-        self.images = pictures.pixels(self.cfg.image_px) if self.cfg.image_px <= CACHED_PX else None
+        super().__init__(recipe, stage, pictures, text, part.stage.image_px)
+        self.cfg, self.images = part.stage, images
 
-    def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
-        samples = self.samples(positions)
+    def read(self, index: int, seed: int) -> Sample:
+        return Sample(index, self.pixels(index, seed), **self.embed_of(index))
+
+    def draw(self, positions: list[int], seeds: list[int]) -> Batch:
+        samples = self.read_at(positions)
         batch = {"x": self._pictures(samples, seeds), "t": self.times(positions, seeds)}
         shape = batch["x"].shape[1:]
         batch["noise"] = random.normal(shape, seeds, "noise")
         if self.cfg.unet.text_dims:
             batch |= self.captions(samples, seeds)
-        batch |= self.keep(seeds)
-        if self.embeds is not None:
-            batch["image_embed"] = self.embeds[samples]
+        batch |= self.keep(seeds) | self.embeds(samples)
         if self.cfg.lowres_px:
             augment = self.cfg.augment
             assert augment is not None
@@ -148,23 +212,17 @@ class StageMaker(Maker):
             batch["aug_noise"] = random.normal(shape, seeds, "aug_noise")
         return batch
 
-    def _pictures(self, samples: list[int], seeds: list[int]) -> Tensor:
-        crop, px = self.train.crop_px, self.cfg.image_px
-        if crop is None and self.images is not None:
-            return pixels(self.images, samples)
-        multiple = px // (self.cfg.lowres_px or px)
-        rows, decoded = [], {}
+    def _pictures(self, samples: list[Sample], seeds: list[int]) -> Tensor:
+        """B 3 H W in [-1, 1]: whole pictures, or a crop of each."""
+        crop = self.train.crop_px
+        if crop is None:
+            return whole(samples)
+        multiple = self.cfg.image_px // (self.cfg.lowres_px or self.cfg.image_px)
+        rows = []
         for sample, seed in zip(samples, seeds, strict=True):
-            if sample not in decoded:
-                decoded = {sample: self._picture(sample, px)}  # the crops of a picture are neighbours
-            picture = decoded[sample]
-            rows.append(picture if crop is None else best_crop(picture, crop, multiple, seed))
+            assert sample.pixels is not None
+            rows.append(best_crop(sample.pixels, crop, multiple, seed))
         return from_uint8(torch.stack(rows))
-
-    def _picture(self, sample: int, px: int) -> Tensor:
-        if self.images is None:
-            return self.pictures.resized(sample, px)
-        return torch.from_numpy(np.ascontiguousarray(self.images[sample].transpose(2, 0, 1)))
 
 
 def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:
@@ -181,17 +239,33 @@ def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:
     return best
 
 
-def pixels(images: np.ndarray, samples: list[int]) -> Tensor:
-    """Rows of a pixel cache as B 3 H W in [-1, 1]."""
-    rows = torch.from_numpy(np.stack([images[s] for s in samples]))
-    return from_uint8(rows.permute(0, 3, 1, 2))
+def whole(samples: list[Sample]) -> Tensor:
+    """Pictures as B 3 H W in [-1, 1], channels last as networks want them."""
+    rows = [s.pixels.permute(1, 2, 0) for s in samples if s.pixels is not None]
+    return from_uint8(torch.stack(rows).permute(0, 3, 1, 2))
+
+
+def packed(texts: list[str]) -> Tensor:
+    """Texts as a tensor of bytes, as which they pass from process to process like the rest of a batch."""
+    return torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+
+
+def unpacked(data: Tensor) -> list[str]:
+    return json.loads(bytes(data.tolist()))
+
+
+def text_batch(text: TextEmbedding) -> Batch:
+    batch: Batch = {} if text.pooled is None else {"pooled": text.pooled}
+    for i, tokens in enumerate(text.sequences):
+        batch |= {f"states{i}": tokens.states, f"mask{i}": tokens.mask}
+    return batch
 
 
 def text_of(batch: Batch) -> TextEmbedding | None:
     """The batch's captions, all token sequences of them."""
     count = sum(name.startswith("states") for name in batch)
     sequences = tuple(Tokens(batch[f"states{i}"], batch[f"mask{i}"]) for i in range(count))
-    return TextEmbedding(sequences) if sequences else None
+    return TextEmbedding(sequences, batch.get("pooled")) if sequences else None
 
 
 def conditioning_of(batch: Batch, lowres: Tensor | None) -> Conditioning:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import InputError
-from train.emoji_build import Drawing, write_atomic, write_drawings
+from train.emoji_build import Drawing, write_drawings
+from train.files import write_whole
 
 STYLES = ("twemoji", "noto", "fluent")  # the order is part of the hold-out rule
 EXPECTED = {"twemoji": 3816, "noto": 3708, "fluent": 3139}
@@ -349,8 +350,8 @@ def build(
     write_drawings(todo, processes=processes, progress=progress)
     rows.sort(key=lambda row: row["file_name"])
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(folder / "metadata.jsonl", "".join(lines).encode())
-    write_atomic(folder / "ATTRIBUTION.md", attribution(paths).encode())
+    write_whole(folder / "metadata.jsonl", "".join(lines).encode())
+    write_whole(folder / "ATTRIBUTION.md", attribution(paths).encode())
     return rows
 
 

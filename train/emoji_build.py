@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cascade.errors import InputError
+from train.files import write_whole
 
 SIZE = 1024  # pixels a side
 QUALITY = 90  # WebP quality
@@ -70,18 +71,10 @@ def _draw(svg: str, renderer: str):
     raise InputError(f"renderer {renderer!r}: expected 'vips' or 'resvg'")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all: a temporary name beside it, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
 def write_drawing(drawing: Drawing) -> str | None:
     """Rasterise into `drawing.path`; None, or one line that names the file (it crosses processes)."""
     try:
-        write_atomic(drawing.path, rasterise(drawing.svg, drawing.renderer))
+        write_whole(drawing.path, rasterise(drawing.svg, drawing.renderer))
     except (InputError, OSError) as error:
         return f"{drawing.path}: {error}"
     return None

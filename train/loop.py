@@ -146,6 +146,7 @@ class Run:
     def _count(self, batch: Batch, reports: Reports) -> None:
         """Make a step of a batch, and count it."""
         before = self.counters.images
+        batch = self.task.make.complete(batch, self.accelerator.device)
         batch = {name: x.to(self.accelerator.device, non_blocking=True) for name, x in batch.items()}
         with self.clock.computing():
             losses, norm = self._step(batch)

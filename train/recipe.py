@@ -15,37 +15,11 @@ from cascade.stage import resolve_settings
 from prior.clip import ClipConfig
 from prior.diffusion import PriorConfig
 from prior.pretrained_clip import OpenClipConfig
+from train.data.config import DataConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 ORDER = ("clip", "prior", "base", "sr256", "sr1024")  # of training: later ones build on earlier ones
 WHOLE = ("data", "text")  # keys of a recipe that say what kind they are: one extends no other kind's
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which pictures, how often, and how their captions are composed."""
-
-    name: Literal["emoji"] = "emoji"
-    folder: str = "data/emoji"
-    styles: tuple[str, ...] = ("noto", "twemoji", "fluent")
-    toned_period: int = 5  # a skin-toned variant takes part in one epoch of this many
-    # likewise for the pictures of a style; default 1
-    style_period: dict[str, int] = field(default_factory=dict)
-    # of the forms: label + style; label + tags + style; label
-    caption_weights: tuple[float, float, float] = (0.7, 0.2, 0.1)
-
-    def __post_init__(self) -> None:
-        if not self.styles or len(set(self.styles)) != len(self.styles):
-            raise ValueError(f"styles {list(self.styles)}: expected at least one, each once")
-        if self.toned_period < 1:
-            raise ValueError(f"toned_period {self.toned_period}: expected an integer of at least 1")
-        for style, period in self.style_period.items():
-            if style not in self.styles:
-                raise unknown("style", style, self.styles, where="data.style_period")
-            if period < 1:
-                raise ValueError(f"style_period of {style} {period}: expected an integer of at least 1")
-        if min(self.caption_weights) < 0 or not 0 < sum(self.caption_weights) < math.inf:
-            raise ValueError(f"caption_weights {list(self.caption_weights)}: expected none below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

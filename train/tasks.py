@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from cascade import Cascade, Stage
 from cascade.augment import condition_lowres, residual_base, residual_variance
-from cascade.checkpoint import load_component, load_tensors, save_component
+from cascade.checkpoint import WEIGHTS, load_component, load_tensors, save_component, sha256
 from cascade.conditioning import TextEmbedding
 from cascade.config import from_dict, to_dict
 from cascade.diffusion import diffusion_loss
@@ -23,11 +21,11 @@ from cascade.images import downsample, from_uint8, to_pil
 from cascade.text import load_text_encoder
 from prior.clip import CLIP, MAX_LOGIT_SCALE, ClipConfig, contrastive_loss
 from prior.diffusion import DiffusionPrior, PriorConfig
-from train.batches import Batch, ClipMaker, PriorMaker, StageMaker, conditioning_of, pixels, text_of
-from train.data import PictureSet, TextStore
+from train.batches import Batch, ClipMaker, Maker, PriorMaker, StageMaker, conditioning_of, text_of
+from train.data import PictureSet, open_pictures
+from train.encoded import ImageStore, TextStore
 from train.recipe import Recipe, StageRecipe
 
-EMBEDS = "image_embeds.safetensors"
 PRIOR_SAMPLING = ("sampler", "steps", "eta", "guidance", "best_of", "clamp")  # keys of PriorConfig
 
 
@@ -38,11 +36,11 @@ class Task(nn.Module):
     def __init__(self, recipe: Recipe, out: Path, name: str) -> None:
         super().__init__()
         self.recipe, self.out, self.name = recipe, out, name
-        self.pictures = PictureSet(recipe.data)
-        self.text = TextStore(self.pictures, recipe.text)
+        self.pictures = open_pictures(recipe.data)
+        self.text = TextStore(self.pictures, recipe.text).prepare()
 
     network: nn.Module
-    make: Callable[[list[int], list[int]], Batch]
+    make: Maker
     processes: int = 1  # over which a batch is spread
 
     @abstractmethod
@@ -101,16 +99,7 @@ class ClipTask(Task):
         return contrastive_loss(image, caption, scale, groups)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Also writes the image embeddings of every picture, which the later stages train on."""
         save_component(self.out / "clip", self.config(), tensors, "CLIP")
-        clip = load_clip(self.out)
-        images = self.pictures.pixels(self.recipe.clip.model.image_px)
-        rows = [range(i, min(i + 256, len(images))) for i in range(0, len(images), 256)]
-        with torch.no_grad():
-            embeds = torch.cat([clip.encode_image(pixels(images, list(r))) for r in rows])
-        path = self.out / "clip" / EMBEDS
-        save_file({"embeds": embeds}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
 
 
 class _Gather(torch.autograd.Function):
@@ -146,10 +135,11 @@ class PriorTask(Task):
             expected = f"at least the text encoder's {self.text.max_length} tokens"
             raise InputError(f"prior.model.text_length {cfg.text_length}: expected {expected}")
         self.clip = CLIP(recipe.clip.model) if planning else load_clip(out)
-        embeds = load_embeds(recipe, out, self.pictures, planning)
+        images = open_images(recipe, out, self.pictures, planning)
         self.network = DiffusionPrior(cfg)
-        self.network.fit_statistics(embeds[self.pictures.train])
-        self.make = PriorMaker(recipe, self.pictures, self.text, embeds)
+        if not planning:
+            self.network.fit_statistics(images.sample())
+        self.make = PriorMaker(recipe, self.pictures, self.text, images)
 
     def train(self, mode: bool = True) -> PriorTask:
         super().train(mode)
@@ -169,7 +159,7 @@ class PriorTask(Task):
         with torch.no_grad():
             text = type(text)(text.sequences, self.clip.encode_text(text))
         keep = batch["keep_text"][:, 0]  # tokens and CLIP embedding go together (unCLIP 2.2)
-        return self.network(batch["x"], text, keep, batch["t"], batch["noise"])
+        return self.network(batch["image_embed"], text, keep, batch["t"], batch["noise"])
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         save_component(self.out / "prior", self.config(), tensors, "DiffusionPrior")
@@ -187,10 +177,8 @@ class StageTask(Task):
             raise InputError(f"{name}.stage.unet.text_dims {found}: expected the text encoder's {expected}")
         self.stage = Stage(self.cfg)
         self.network = self.stage.unet
-        embeds = None
-        if self.cfg.unet.image_embed_dim:
-            embeds = load_embeds(recipe, out, self.pictures, planning)
-        self.make = StageMaker(recipe, name, self.pictures, self.text, embeds)
+        images = open_images(recipe, out, self.pictures, planning) if self.cfg.unet.image_embed_dim else None
+        self.make = StageMaker(recipe, name, self.pictures, self.text, images)
 
     def config(self) -> dict[str, Any]:
         return to_dict(self.cfg)
@@ -240,11 +228,12 @@ class StageTask(Task):
     def _heldout(self, stage: Stage) -> Image.Image:
         """Held-out pictures (if any: else training pictures), a row each: the upsampled input, the output,
         the original."""
-        pool = self.pictures.heldout or self.pictures.train
-        chosen, side = pool[:: max(1, len(pool) // 4)][:4], self.cfg.image_px
+        pool = self.pictures.heldout if len(self.pictures.heldout) else self.pictures.train
+        chosen, side = [int(i) for i in pool[:: max(1, len(pool) // 4)][:4]], self.cfg.image_px
         real = from_uint8(torch.stack([self.pictures.resized(i, side) for i in chosen]))  # B 3 H W
         lowres = downsample(real, self.cfg.lowres_px or side)
-        text = self.text([3 * i for i in chosen]) if self.cfg.unet.text_dims else None
+        captions = [self.pictures.captions(i)[0] for i in chosen]
+        text = self.text(captions) if self.cfg.unet.text_dims else None
         out = stage.sample(text, lowres=lowres, seed=0)
         up = torch.nn.functional.interpolate(lowres, (side, side), mode="nearest")
         return tile(torch.stack([up, out, real], dim=1).flatten(0, 1), 3)
@@ -285,19 +274,15 @@ def load_prior(out: Path) -> DiffusionPrior | None:
     return prior.eval().requires_grad_(False)
 
 
-def load_embeds(recipe: Recipe, out: Path, pictures: PictureSet, planning: bool) -> Tensor:
-    """The CLIP image embedding of every picture, N D; zeros when `planning`."""
-    shape = (len(pictures.records), recipe.clip.model.embed_dim)
+def open_images(recipe: Recipe, out: Path, pictures: PictureSet, planning: bool = False) -> ImageStore:
+    """CLIP image embeddings of the pictures, by the CLIP of this run; when `planning`, by an untrained one.
+    Those of a small set are written now, where that has not been done."""
+    assert recipe.clip is not None
     if planning:
-        return torch.zeros(shape)
-    path = out / "clip" / EMBEDS
-    if not path.exists():
-        raise InputError(f"no image embeddings in {out / 'clip'}: train --stage clip first")
-    embeds = load_file(path)["embeds"]
-    if embeds.shape != shape:
-        found, expected = tuple(embeds.shape), f"{shape} for this recipe: train --stage clip again"
-        raise InputError(f"image embeddings in {path} are {found}: expected {expected}")
-    return embeds
+        return ImageStore(pictures, CLIP(recipe.clip.model), {"planning": True})
+    clip = load_clip(out)
+    about = {"config": to_dict(clip.config), "sha256": sha256(out / "clip" / WEIGHTS)}
+    return ImageStore(pictures, clip, about).prepare()
 
 
 def assemble(recipe: Recipe, out: Path) -> Path:

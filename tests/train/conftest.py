@@ -15,7 +15,8 @@ from PIL import Image
 from cascade import random
 from tests.conftest import EMBED, LENGTH, WIDTH, ToyEncoder
 from train.__main__ import main
-from train.data import PictureSet, TextStore
+from train.data.emoji import EmojiPictures
+from train.encoded import TextStore
 from train.recipe import Recipe, load_recipe
 
 SIDE = 64
@@ -98,9 +99,9 @@ def _toy_encoder_on_the_cpu() -> Iterator[None]:
         return ToyEncoder()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("train.data", "train.tasks", "cascade.pipeline"):
+        for module in ("train.encoded", "train.tasks", "cascade.pipeline"):
             patch.setattr(f"{module}.load_text_encoder", load)
-        patch.setattr("train.batches.CACHED_PX", 32)  # the last stage decodes its pictures one by one
+        patch.setattr("train.data.emoji.CACHED_PX", 32)  # the last stage decodes its pictures one by one
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr("cascade.checkpoint._flush", lambda path: None)  # slow, and no test cuts the power
         yield
@@ -127,13 +128,13 @@ def tiny(recipe_file: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tiny: Callable[..., Recipe]) -> PictureSet:
-    return PictureSet(tiny().data)
+def pictures(tiny: Callable[..., Recipe]) -> EmojiPictures:
+    return EmojiPictures(tiny().data)
 
 
 @pytest.fixture(scope="session")
-def text(pictures: PictureSet) -> TextStore:
-    return TextStore(pictures, {"kind": "toy"})
+def text(pictures: EmojiPictures) -> TextStore:
+    return TextStore(pictures, {"kind": "toy"}).prepare()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cascade import random
-from cascade.conditioning import TextEmbedding
 from cascade.images import downsample, from_uint8
 from cascade.text.pair import PairEncoder
 from tests.conftest import EMBED, ToyEncoder
@@ -25,25 +24,45 @@ from train.batches import (
     best_crop,
     conditioning_of,
 )
-from train.data import PictureSet, TextStore
+from train.data.emoji import EmojiPictures
+from train.encoded import ImageStore, TextStore
 from train.recipe import ORDER, Recipe
 
 Tiny = Callable[..., Recipe]
 Make = Callable[..., Maker]
 
 
+class ToyClip(torch.nn.Module):
+    """Mean colours of a grid of patches."""
+
+    image_px = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(EMBED))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        patches = torch.nn.functional.adaptive_avg_pool2d(images, (2, 3)).flatten(1)[:, :EMBED]
+        return torch.nn.functional.pad(patches, (0, EMBED - patches.shape[1])) * self.scale
+
+
+def toy_images(pictures: EmojiPictures) -> ImageStore:
+    return ImageStore(pictures, ToyClip(), {"kind": "toy"}).prepare()  # type: ignore[arg-type]
+
+
 @pytest.fixture
-def make(tiny: Tiny, pictures: PictureSet, text: TextStore) -> Make:
+def make(tiny: Tiny, pictures: EmojiPictures, text: TextStore) -> Make:
     """`make(stage, settings...)`: the stage's maker."""
-    embeds = torch.randn(len(pictures.records), EMBED, generator=random.generator(0, "embeds"))
+    images = toy_images(pictures)
 
     def build(stage: str, *settings: str) -> Maker:
         recipe = tiny(*settings)
+        own = EmojiPictures(recipe.data)
         if stage == "clip":
-            return ClipMaker(recipe, pictures, text)
+            return ClipMaker(recipe, own, text)
         if stage == "prior":
-            return PriorMaker(recipe, pictures, text, embeds)
-        return StageMaker(recipe, stage, pictures, text, embeds if stage == "base" else None)
+            return PriorMaker(recipe, own, text, images)
+        return StageMaker(recipe, stage, own, text, images if stage == "base" else None)
 
     return build
 
@@ -88,15 +107,16 @@ def test_stages_see_the_samples_in_orders_of_their_own(make: Make) -> None:
     assert order("base", "seed=1") != order("base")
 
 
-def test_a_batch_of_the_base_stage_is_the_records_it_names(make: Make, pictures: PictureSet) -> None:
+def test_a_batch_of_the_base_stage_is_the_records_it_names(make: Make, pictures: EmojiPictures) -> None:
     maker = make("base", "data.caption_weights=[0, 1, 0]")
-    assert isinstance(maker, StageMaker) and maker.embeds is not None
+    assert maker.images is not None
     batch = batch_of(maker, 2)
     cache = pictures.pixels(16)
+    assert cache is not None
     for row, sample in enumerate(maker.samples(list(range(16, 24)))):
         expected = from_uint8(torch.from_numpy(np.array(cache[sample])).permute(2, 0, 1))
         assert torch.equal(batch["x"][row], expected)
-        assert torch.equal(batch["image_embed"][row], maker.embeds[sample])
+        assert torch.equal(batch["image_embed"][row], maker.images(sample))
         caption = ToyEncoder()([pictures.captions(sample)[1]]).sequences[0]
         assert torch.equal(batch["states0"][row], caption.states[0].half().float())
         assert torch.equal(batch["mask0"][row], caption.mask[0])
@@ -106,29 +126,21 @@ def frequency(flags: Tensor) -> float:
     return flags.double().mean().item()
 
 
-def test_caption_forms_follow_their_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = make("base", "data.caption_weights=[6, 3, 1]")
-    rows: list[int] = []
-
-    def spy(given: list[int]) -> TextEmbedding:
-        rows.extend(given)
-        return TextEmbedding(())
-
-    monkeypatch.setattr(maker, "text", spy)
+def test_caption_forms_follow_their_weights(tiny: Tiny) -> None:
+    pictures = EmojiPictures(tiny("data.caption_weights=[6, 3, 1]").data)
     count = 3000
-    maker.captions([7] * count, list(range(count)))
-    assert set(rows) == {21, 22, 23}
-    for form, share in enumerate((0.6, 0.3, 0.1)):
+    drawn = [pictures.caption(7, seed) for seed in range(count)]
+    assert set(drawn) == set(pictures.captions(7))
+    for caption, share in zip(pictures.captions(7), (0.6, 0.3, 0.1), strict=True):
         deviation = (share * (1 - share) / count) ** 0.5
-        assert abs(rows.count(21 + form) / count - share) < 4 * deviation
+        assert abs(drawn.count(caption) / count - share) < 4 * deviation
 
 
-def test_a_weight_of_zero_takes_a_form_out(make: Make) -> None:
+def test_a_weight_of_zero_takes_a_form_out(tiny: Tiny) -> None:
     for form in range(3):
         weights = [float(i == form) for i in range(3)]
-        maker = make("base", f"data.caption_weights={weights}")
-        states = maker.captions([2] * 50, list(range(50)))["states0"]
-        assert torch.equal(states, maker.text([6 + form] * 50).sequences[0].states)
+        pictures = EmojiPictures(tiny(f"data.caption_weights={weights}").data)
+        assert {pictures.caption(2, seed) for seed in range(50)} == {pictures.captions(2)[form]}
 
 
 def test_text_and_image_are_dropped_independently(make: Make) -> None:
@@ -141,13 +153,12 @@ def test_text_and_image_are_dropped_independently(make: Make) -> None:
 
 
 def test_each_token_sequence_is_dropped_on_its_own(
-    tiny: Tiny, pictures: PictureSet, monkeypatch: pytest.MonkeyPatch, make: Make
+    tiny: Tiny, pictures: EmojiPictures, monkeypatch: pytest.MonkeyPatch, make: Make
 ) -> None:
     pair = PairEncoder([ToyEncoder(), ToyEncoder(8)])
-    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: pair)
-    maker = StageMaker(
-        tiny("base.train.text_drop=0.5"), "base", pictures, TextStore(pictures, {"kind": "pair"}), None
-    )
+    monkeypatch.setattr("train.encoded.load_text_encoder", lambda reference: pair)
+    store = TextStore(pictures, {"kind": "pair"}).prepare()
+    maker = StageMaker(tiny("base.train.text_drop=0.5"), "base", pictures, store, None)
     keep = maker.keep(list(range(2000)))["keep_text"]
     assert keep.shape == (2000, 2)
     assert abs(frequency(keep[:, 0] & keep[:, 1]) - 0.25) < 0.05
@@ -215,7 +226,7 @@ def windows(picture: Tensor, side: int) -> list[Tensor]:
     return [picture[:, i : i + side, j : j + side] for i in places for j in places]
 
 
-def test_the_lowres_of_a_crop_is_the_crop_of_the_lowres(make: Make, pictures: PictureSet) -> None:
+def test_the_lowres_of_a_crop_is_the_crop_of_the_lowres(make: Make, pictures: EmojiPictures) -> None:
     maker = make("sr1024", "sr1024.stage.augment.degrade_prob=0")
     batch = batch_of(maker, 1)
     assert batch["x"].shape == (8, 3, 32, 32) and batch["lowres"].shape == (8, 3, 16, 16)
@@ -240,7 +251,7 @@ def test_cached_and_decoded_pictures_are_the_same(make: Make, monkeypatch: pytes
     for settings in ((), ("sr1024.train.crop_px=null",)):
         decoded = batch_of(make("sr1024", *settings), 2)
         with monkeypatch.context() as patch:
-            patch.setattr("train.batches.CACHED_PX", 64)
+            patch.setattr("train.data.emoji.CACHED_PX", 64)
             cached = batch_of(make("sr1024", *settings), 2)
         assert all(torch.equal(cached[name], value) for name, value in decoded.items())
 
@@ -248,14 +259,13 @@ def test_cached_and_decoded_pictures_are_the_same(make: Make, monkeypatch: pytes
 def test_pictures_larger_than_the_stage_are_downsampled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage of 32 px whose pictures are decoded one by one sees whole pictures, not their corners."""
     cached = batch_of(make("sr256"), 0)
-    monkeypatch.setattr("train.batches.CACHED_PX", 16)
+    monkeypatch.setattr("train.data.emoji.CACHED_PX", 16)
     assert torch.equal(batch_of(make("sr256"), 0)["x"], cached["x"])
 
 
-def test_groups_are_equal_for_the_same_caption_alone(make: Make, pictures: PictureSet) -> None:
-    maker = make("clip")
-    assert isinstance(maker, ClipMaker)
+def test_groups_are_equal_for_the_same_caption_alone(pictures: EmojiPictures) -> None:
     names = [(r["label"], r["style"]) for r in pictures.records]
+    groups = [pictures.group(i) for i in range(len(names))]
     for i, a in enumerate(names):
         for j, b in enumerate(names):
-            assert (maker.groups[i] == maker.groups[j]) == (a == b)
+            assert (groups[i] == groups[j]) == (a == b)

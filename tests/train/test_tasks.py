@@ -19,8 +19,9 @@ from cascade.images import from_pil
 from cascade.text.pair import PairEncoder
 from tests.conftest import EMBED, ToyEncoder
 from tests.train.conftest import make_records, write_data
+from train.data import open_pictures
 from train.recipe import Recipe
-from train.tasks import EMBEDS, PriorTask, StageTask, assemble, load_clip, make_task, tile
+from train.tasks import PriorTask, StageTask, assemble, load_clip, make_task, open_images, tile
 
 Tiny = Callable[..., Recipe]
 
@@ -63,13 +64,14 @@ def test_nothing_to_assemble(tiny: Tiny, tmp_path: Path) -> None:
         assemble(tiny(), tmp_path)
 
 
-def test_embeddings_of_every_picture_stand_beside_the_clip(trained: Path, pictures) -> None:
-    embeds = load_file(trained / "clip" / EMBEDS)["embeds"]
-    assert embeds.shape == (14, EMBED)
-    clip = load_clip(trained)
+def test_embeddings_of_every_picture_are_those_of_the_trained_clip(
+    trained: Path, tiny: Tiny, pictures
+) -> None:
+    images, clip = open_images(tiny(), trained, pictures), load_clip(trained)
     x = torch.stack([pictures.resized(i, 16) for i in range(14)]).float() / 127.5 - 1
-    assert torch.allclose(clip.encode_image(x), embeds, atol=1e-5)
-    assert [p.name for p in (trained / "clip").glob("*.part")] == []
+    expected = clip.encode_image(x)
+    assert torch.allclose(torch.stack([images(i) for i in range(14)]), expected, atol=1e-5)
+    assert torch.allclose(images.sample(), expected[pictures.train], atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["prior", "base"])
@@ -79,11 +81,12 @@ def test_later_stages_ask_for_the_clip_first(tiny: Tiny, tmp_path: Path, stage: 
     assert forward(make_task(tiny(), tmp_path, stage, planning=True)).shape == (4,)
 
 
-def test_embeddings_of_another_data_set_are_refused(trained: Path, tiny: Tiny) -> None:
-    with pytest.raises(
-        InputError, match=r"are \(14, 16\): expected \(7, 16\) for this recipe: train --stage clip"
-    ):
-        make_task(tiny("data.styles=[noto]"), trained, "base")
+def test_each_choice_of_pictures_has_embeddings_of_its_own(tiny: Tiny, trained: Path, pictures) -> None:
+    part = tiny("data.styles=[noto]")
+    one, all_ = (open_images(r, trained, open_pictures(r.data)) for r in (part, tiny()))
+    assert one.folder != all_.folder
+    assert one.cache is not None and all_.cache is not None and (len(one.cache), len(all_.cache)) == (7, 14)
+    assert one.pictures.name(3) == all_.pictures.name(3) and torch.equal(one(3), all_(3))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,8 @@ def test_every_level_of_a_residual_stage_counts_alike(tiny: Tiny, trained: Path)
 
 def test_statistics_are_of_the_training_pictures(tiny: Tiny, trained: Path, pictures) -> None:
     task = make_task(tiny(), trained, "prior")
-    embeds = load_file(trained / "clip" / EMBEDS)["embeds"][pictures.train]
+    images = open_images(tiny(), trained, pictures)
+    embeds = torch.stack([images(i) for i in pictures.train])
     assert torch.allclose(task.network.get_buffer("statistics.mean"), embeds.mean(0), atol=1e-6)
 
 
@@ -148,7 +152,7 @@ def test_a_stage_of_two_encoders_side_by_side(
 ) -> None:
     """Each sequence reaches the network, and each has a null of its own."""
     pair = PairEncoder([ToyEncoder(), ToyEncoder(8)])
-    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: pair)
+    monkeypatch.setattr("train.encoded.load_text_encoder", lambda reference: pair)
     unet = ("sr256.stage.unet.text_dims=[24, 8]", "sr256.stage.unet.context_dim=16")
     task = make_task(tiny(*unet, "sr256.train.text_drop=0.5", "text={kind: pair}"), trained, "sr256")
     assert isinstance(task, StageTask)

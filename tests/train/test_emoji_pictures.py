@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +14,16 @@ from PIL import Image
 
 from cascade.errors import InputError
 from cascade.images import downsample, from_uint8, to_uint8
-from cascade.text.pair import PairEncoder
-from tests.conftest import WIDTH, ToyEncoder
 from tests.train.conftest import make_records, record, write_data
-from train import data
-from train.data import PictureSet, TextStore
-from train.recipe import DataConfig, Recipe
+from train.data.emoji import EmojiPictures
+from train.recipe import DataConfig
 
 
-def picture_set(folder: Path, **settings) -> PictureSet:
-    return PictureSet(DataConfig(folder=str(folder), **{"styles": ("noto", "fluent"), **settings}))
+def picture_set(folder: Path, **settings) -> EmojiPictures:
+    return EmojiPictures(DataConfig(folder=str(folder), **{"styles": ("noto", "fluent"), **settings}))
 
 
-def test_records_of_the_styles_and_their_split(data_folder: Path, pictures: PictureSet) -> None:
+def test_records_of_the_styles_and_their_split(data_folder: Path, pictures: EmojiPictures) -> None:
     assert len(pictures.records) == 14
     assert len(pictures.train) == 12 and len(pictures.heldout) == 2
     assert set(pictures.train) & set(pictures.heldout) == set()
@@ -35,7 +31,7 @@ def test_records_of_the_styles_and_their_split(data_folder: Path, pictures: Pict
     assert len(one.records) == 7 and {r["style"] for r in one.records} == {"fluent"}
 
 
-def test_caption_forms(pictures: PictureSet) -> None:
+def test_caption_forms(pictures: EmojiPictures) -> None:
     assert pictures.captions(0) == [
         "red apple, noto style",
         "red apple, thing, noto style",  # the tag "red" stands in the label already
@@ -96,13 +92,13 @@ def test_epochs_without_a_picture_are_passed_over(data_folder: Path) -> None:
     assert seen.keys() <= set(pictures.train) and max(seen.values()) == 1
 
 
-def test_the_order_is_the_epochs_one_after_another(pictures: PictureSet) -> None:
+def test_the_order_is_the_epochs_one_after_another(pictures: EmojiPictures) -> None:
     order = pictures.order(7)
     expected = np.concatenate([pictures.epoch(7, number) for number in range(5)])
     assert [order[p] for p in range(len(expected))] == expected.tolist()
 
 
-def test_a_sample_is_a_function_of_seed_and_position(pictures: PictureSet) -> None:
+def test_a_sample_is_a_function_of_seed_and_position(pictures: EmojiPictures) -> None:
     order, again, other = pictures.order(7), pictures.order(7), pictures.order(8)
     expected = [order[p] for p in range(60)]
     assert [again[p] for p in reversed(range(60))] == expected[::-1]  # also when asked from the end
@@ -143,7 +139,7 @@ def test_a_cache_is_made_once_and_anew_for_another_data_set(tmp_path: Path) -> N
 def test_an_interrupted_cache_leaves_nothing(tmp_path: Path) -> None:
     pictures = picture_set(write_data(tmp_path, make_records()))
     (tmp_path / pictures.records[5]["file_name"]).write_bytes(b"RIFF")
-    with pytest.raises(InputError, match="cannot read .*: not a whole picture"):
+    with pytest.raises(InputError, match="cannot read .*: not a picture"):
         pictures.pixels(16)
     assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / pictures.records[5]["file_name"]).unlink()
@@ -156,89 +152,6 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.save(tmp_path / pictures.records[1]["file_name"], lossless=True, exact=True)
     assert pictures.picture(1).unique().tolist() == [255]
-
-
-# -- text ----------------------------------------------------------------------------------------------------
-
-
-def test_the_text_store_is_the_encoder_in_half_precision(pictures: PictureSet, text: TextStore) -> None:
-    rows = [0, 3 * 5 + 1, 3 * 13 + 2]
-    captions = [pictures.captions(0)[0], pictures.captions(5)[1], pictures.captions(13)[2]]
-    stored, direct = text(rows).sequences[0], ToyEncoder()(captions).sequences[0]
-    assert torch.equal(stored.mask, direct.mask)
-    assert torch.equal(stored.states, direct.states.half().float())
-
-
-def test_captions_are_encoded_once_a_set_and_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    class Counting(ToyEncoder):
-        def __call__(self, prompts):
-            calls.append(len(prompts))
-            return super().__call__(prompts)
-
-    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: Counting())
-    pictures = picture_set(write_data(tmp_path, make_records()[:2]), styles=("noto",))
-    for _ in range(2):
-        TextStore(pictures, {"kind": "toy"})
-    assert calls == [6]
-    TextStore(pictures, {"kind": "toy", "other": 1})
-    assert calls == [6, 6]
-    write_data(tmp_path, [record("noto", "p0", "pear", None, "train"), make_records()[1]])
-    TextStore(picture_set(tmp_path, styles=("noto",)), {"kind": "toy"})
-    assert calls == [6, 6, 6]
-
-
-def test_an_interrupted_encoding_is_not_taken_for_a_whole_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pictures = picture_set(write_data(tmp_path, make_records()[:2]), styles=("noto",))
-    with monkeypatch.context() as patch:
-
-        def fail(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(np, "cumsum", fail)
-        with pytest.raises(KeyboardInterrupt):
-            TextStore(pictures, {"kind": "toy"})
-    text = TextStore(pictures, {"kind": "toy"})
-    assert text([0]).sequences[0].mask.any()
-
-
-def test_two_encoders_side_by_side(pictures: PictureSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = PairEncoder([ToyEncoder(), ToyEncoder(8)])
-    monkeypatch.setattr("train.data.load_text_encoder", lambda reference: pair)
-    text = TextStore(pictures, {"kind": "pair"})
-    assert text.dims == (WIDTH, 8)
-    captions = [pictures.captions(2)[0]]
-    for stored, direct in zip(text([6]).sequences, pair(captions).sequences, strict=True):
-        assert torch.equal(stored.mask, direct.mask)
-        assert torch.equal(stored.states, direct.states.half().float())
-
-
-# -- command -------------------------------------------------------------------------------------------------
-
-
-def test_the_command_builds_checks_and_counts(
-    data_folder: Path,
-    tiny: Callable[..., Recipe],
-    recipe_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    done = []
-    monkeypatch.setattr("train.emoji.build", lambda folder: done.append(("build", folder)))
-    monkeypatch.setattr("train.emoji.check", lambda folder: done.append(("check", folder)))
-    assert data.main([str(recipe_file)]) == 0
-    assert done == [("build", data_folder), ("check", data_folder)]
-    assert "12 training and 2 held-out pictures" in capsys.readouterr().out
-
-
-def test_the_command_refuses_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert data.main(["emojy"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "did you mean 'emoji'" in error
-    assert data.main([]) == 2
 
 
 def test_lines_end_at_newlines_only(tmp_path: Path) -> None:

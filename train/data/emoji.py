@@ -1,0 +1,154 @@
+"""The emoji set, built by `train.emoji`: square pictures of known quality, each in the style it names."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from cascade import random
+from cascade.errors import InputError, unknown
+from train.data.config import DataConfig
+from train.data.decode import BadPicture
+from train.data.pictures import PictureSet, weighted
+from train.files import whole_file
+
+KEYS = ("file_name", "text", "label", "tags", "style", "tone", "split")  # of a record: what training reads
+CACHED_PX = 256  # larger pictures are decoded one by one: all of them would fit neither memory nor disk
+
+
+class EmojiPictures(PictureSet):
+    """`records` are the lines of metadata.jsonl in the styles of the recipe."""
+
+    def __init__(self, cfg: DataConfig) -> None:
+        super().__init__(cfg)
+        rows = _read_records(self.folder / "metadata.jsonl")
+        known = sorted({row["style"] for row in rows})
+        for style in cfg.styles:
+            if style not in known:
+                raise unknown("style", style, known, where=str(self.folder))
+        self.records = [row for row in rows if row["style"] in cfg.styles]
+        self.train = [i for i, r in enumerate(self.records) if r["split"] == "train"]
+        self.heldout = [i for i, r in enumerate(self.records) if r["split"] == "heldout"]
+        if not self.train:
+            raise InputError(f"{self.folder}: expected records of split 'train', found none")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        return self.records[index]["file_name"]
+
+    def encoded(self, index: int) -> bytes:
+        try:
+            return (self.folder / self.name(index)).read_bytes()
+        except OSError as error:
+            raise BadPicture(self.name(index), error.strerror or "no such file") from None
+
+    def captions(self, index: int) -> list[str]:
+        """The forms in the order of `caption_weights`."""
+        r = self.records[index]
+        tags = [t for t in r["tags"] if t not in r["label"].lower()][:3]
+        return [r["text"], f"{', '.join([r['label'], *tags])}, {r['style']} style", r["label"]]
+
+    def caption(self, index: int, seed: int) -> str:
+        return self.captions(index)[weighted(self.cfg.caption_weights, seed)]
+
+    def order(self, seed: int, min_px: int = 1) -> Periodic:
+        return Periodic(self, seed)
+
+    def epoch(self, seed: int, number: int) -> np.ndarray:
+        """The pictures of one epoch in their order. A picture of period p takes part in one epoch of p."""
+        chosen = [i for i in self.train if (random.key(0, i) + number) % self.period(i) == 0]
+        order = torch.randperm(len(chosen), generator=random.generator(seed, "epoch", number))
+        return np.asarray(chosen, dtype=np.int64)[order.numpy()]
+
+    def period(self, index: int) -> int:
+        """In one epoch of how many a picture takes part: that of its skin tone times that of its style."""
+        record = self.records[index]
+        toned = self.cfg.toned_period if record["tone"] is not None else 1
+        return toned * self.cfg.style_period.get(record["style"], 1)
+
+    def pixels(self, px: int) -> np.ndarray | None:
+        """Made once by the antialiased filter, and again when the data set is another one. Raises BadPicture
+        where a picture is not whole."""
+        if px > CACHED_PX:
+            return None
+        path = self.folder / "cache" / f"{'-'.join(sorted(self.cfg.styles))}-{px}.npy"
+        if not self._is_current(path, px):
+            self._make_pixels(path, px)
+        return np.load(path, mmap_mode="r")
+
+    def _is_current(self, path: Path, px: int) -> bool:
+        """Whether the cache holds these records: the count, and a look at three pictures."""
+        if not path.exists():
+            return False
+        array, last = np.load(path, mmap_mode="r"), len(self.records) - 1
+        if array.shape != (last + 1, px, px, 3):
+            return False
+        for i in (0, last // 2, last):
+            gap = array[i].astype(np.int16) - self.resized(i, px).permute(1, 2, 0).numpy()
+            if np.abs(gap).mean() > 1:  # decoders differ by less
+                return False
+        return True
+
+    def _make_pixels(self, path: Path, px: int) -> None:
+        with whole_file(path) as part:
+            array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(self.records), px, px, 3))
+
+            def make(i: int) -> None:
+                array[i] = self.resized(i, px).permute(1, 2, 0).numpy()
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in track(pool.map(make, range(len(self.records))), f"{px} px", len(self.records)):
+                    pass
+            array.flush()
+
+
+class Periodic:
+    """Epochs one after another, each in its keyed order; how long one is depends on the periods."""
+
+    def __init__(self, pictures: EmojiPictures, seed: int) -> None:
+        self._pictures, self._seed = pictures, seed
+        self._starts = [0]  # of each epoch, and the end of the last one known
+        self._epochs: dict[int, np.ndarray] = {}  # the last two used: a batch may lie across a border
+
+    def __getitem__(self, position: int) -> int:
+        while position >= self._starts[-1]:
+            number = len(self._starts) - 1
+            self._starts.append(self._starts[-1] + len(self._epoch(number)))
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return int(self._epoch(number)[position - self._starts[number]])
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """Any training picture."""
+        draw = random.key(self._seed, "replace", position, attempt)
+        return self._pictures.train[draw % len(self._pictures.train)]
+
+    def _epoch(self, number: int) -> np.ndarray:
+        if number not in self._epochs:
+            while len(self._epochs) >= 2:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[number] = self._pictures.epoch(self._seed, number)
+        return self._epochs[number]
+
+
+def _read_records(path: Path) -> list[dict]:
+    if not path.exists():
+        raise InputError(f"no data set in {path.parent}: build it with python -m train.data emoji")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # of JSON or of UTF-8
+            raise InputError(f"{path}, line {number}: not a JSON record ({error})") from None
+        missing = [k for k in KEYS if not isinstance(row, dict) or k not in row]
+        if missing:
+            raise InputError(f"{path}, line {number}: missing key {missing[0]!r}")
+        rows.append(row)
+    return rows

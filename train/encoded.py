@@ -1,0 +1,232 @@
+"""Captions and pictures as the frozen encoders give them: from a cache (train.embed), else encoded online.
+
+Loader processes look captions and pictures up; what no cache holds they pass on as it is, and the process
+that trains encodes it, for it has the device. A row reads the same from either: online ones are rounded as
+stored ones are.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from cascade import random
+from cascade.conditioning import TextEmbedding, Tokens
+from cascade.errors import InputError
+from cascade.images import from_uint8
+from cascade.text import TextEncoder, load_text_encoder
+from prior import CLIP, OpenCLIP
+from train.cache import MANIFEST, Cache, Row, finish, holds, list_hash, write_shard
+from train.data import BadPicture, PictureSet, View
+
+SMALL = 50_000  # pictures: so small a set is encoded before training, not in it
+SHARD = 1024  # pictures whose captions, or embeddings, stand in one file
+CHUNK = 256  # captions or pictures encoded at a time
+STATISTICS = 20_000  # embeddings from which their mean and deviation are taken
+
+
+class Store(ABC):
+    """What one encoder says of a picture set, in a cache folder. `cache` is None where nothing is cached."""
+
+    def __init__(self, pictures: PictureSet, about: dict[str, Any], folder: Path | None = None) -> None:
+        """folder: default one for this encoder and choice of pictures in the set's folder."""
+        name = f"{about['kind']}-{list_hash(about, [pictures.cfg.choice])}"
+        folder = folder or pictures.folder / "cache" / name
+        self.pictures, self.about, self.folder = pictures, about, folder
+        self.cache = Cache(folder) if (folder / MANIFEST).exists() else None
+        if self.cache is not None and self.cache.about != about:
+            found, expected = (json.dumps(a)[:200] for a in (self.cache.about, about))
+            raise InputError(
+                f"{folder} is the cache of another encoder, {found}: expected {expected}; "
+                "delete it, or run python -m train.embed for this one elsewhere"
+            )
+
+    def write(self, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None) -> None:
+        """Write this process's share of the cache and, when all are done, what makes it whole. Shards that
+        are there already stay. The same files come of any number of processes."""
+        names = [f"{number:06d}.safetensors" for number in range(-(-len(self.pictures) // SHARD))]
+        sources = [list_hash(self.about, self.listed(number)) for number in range(rank, len(names), world)]
+        mine = list(zip(range(rank, len(names), world), sources, strict=True))
+        todo = [(number, source) for number, source in mine if not holds(self.folder / names[number], source)]
+        for number, source in track(todo, str(self.about["kind"]), disable=rank > 0 or not todo):
+            write_shard(self.folder / names[number], source, *self.encoded(number))
+        barrier()
+        if rank == 0 and (todo or world > 1 or self.cache is None):
+            finish(self.folder, names, self.about)
+        barrier()
+        self.cache = Cache(self.folder)
+
+    def prepare(self) -> Self:
+        """Write the cache of a small set, where that has not been done."""
+        if len(self.pictures) <= SMALL:
+            self.write()
+        return self
+
+    def span(self, shard: int) -> range:
+        """The pictures of a shard."""
+        return range(shard * SHARD, min(len(self.pictures), (shard + 1) * SHARD))
+
+    @abstractmethod
+    def listed(self, shard: int) -> list[str]:
+        """What a shard is made from: names of its rows, or more."""
+
+    @abstractmethod
+    def encoded(self, shard: int) -> tuple[list[str], list[Row]]:
+        """Names and rows of a shard."""
+
+
+class TextStore(Store):
+    """Captions to token states, padded to the encoder's length."""
+
+    def __init__(self, pictures: PictureSet, reference: dict[str, Any]) -> None:
+        """Raises InputError where the recipe names the cache of another encoder, or none at all."""
+        self.encoder = load_text_encoder(reference)
+        self.max_length, self.dims = self.encoder.max_length, tuple(self.encoder.dims)
+        self._types = stored_types(self.encoder)
+        about = {"kind": "text", "encoder": fingerprint(self.encoder.reference())}
+        about |= {"max_length": self.max_length, "dims": list(self.dims)}
+        given = pictures.cfg.text_cache
+        super().__init__(pictures, about, Path(given) if given else None)
+
+    def __call__(self, captions: Sequence[str]) -> TextEmbedding:
+        """Encoded captions: of each sequence B L D, float32, and B L; pooled B D where the encoder has it."""
+        rows = self.rows(captions)
+        fresh = iter(self.encode([c for c, row in zip(captions, rows, strict=True) if row is None]))
+        return self.padded([next(fresh) if row is None else row for row in rows])
+
+    def rows(self, captions: Sequence[str]) -> list[Row | None]:
+        """What the cache holds of each caption."""
+        return [None if self.cache is None else self.cache.get(c) for c in captions]
+
+    def encode(self, captions: Sequence[str]) -> list[Row]:
+        """Rows of captions, by the encoder."""
+        if not captions:
+            return []
+        text, rows = self.encoder(captions), []
+        for k, caption in enumerate(captions):
+            row = {} if text.pooled is None else {"pooled": text.pooled[k : k + 1].float().cpu()}
+            for i, (tokens, kind) in enumerate(zip(text.sequences, self._types, strict=True)):
+                row[f"states{i}"] = tokens.states[k][tokens.mask[k]].to(kind).cpu()
+                if not row[f"states{i}"].isfinite().all():
+                    raise InputError(f"text encoder: caption {caption!r:.100} has states beyond {kind}")
+            rows.append(row)
+        return rows
+
+    def padded(self, rows: Sequence[Row]) -> TextEmbedding:
+        sequences = []
+        for i, width in enumerate(self.dims):
+            states = torch.zeros(len(rows), self.max_length, width)  # B L D
+            mask = torch.zeros(len(rows), self.max_length, dtype=torch.bool)  # B L
+            for k, row in enumerate(rows):
+                part = row[f"states{i}"]
+                states[k, : len(part)] = part
+                mask[k, : len(part)] = True
+            sequences.append(Tokens(states, mask))
+        pooled = torch.cat([row["pooled"] for row in rows]) if "pooled" in rows[0] else None
+        return TextEmbedding(tuple(sequences), pooled)
+
+    def listed(self, shard: int) -> list[str]:
+        """The captions of its pictures, each once."""
+        return list(dict.fromkeys(c for i in self.span(shard) for c in self.pictures.captions(i)))
+
+    def encoded(self, shard: int) -> tuple[list[str], list[Row]]:
+        captions = self.listed(shard)
+        parts = [captions[i : i + CHUNK] for i in range(0, len(captions), CHUNK)]
+        return captions, [row for part in parts for row in self.encode(part)]
+
+
+class ImageStore(Store):
+    """Pictures to CLIP image embeddings."""
+
+    def __init__(self, pictures: PictureSet, clip: CLIP | OpenCLIP, clip_about: dict[str, Any]) -> None:
+        """clip_about: what tells this CLIP from others. Raises InputError where the cache is another's."""
+        self.clip = clip
+        super().__init__(pictures, {"kind": "image", "clip": clip_about})
+
+    def __call__(self, index: int) -> Tensor:
+        """The embedding of a picture in the cache, D. Raises BadPicture where it has none."""
+        assert self.cache is not None
+        row = self.cache.get(self.pictures.name(index))
+        if row is None:
+            raise BadPicture(self.pictures.name(index), "it has no CLIP embedding")
+        return row["embed"][0]
+
+    def view(self, index: int) -> Tensor:
+        """The picture as CLIP is shown it: 3 px px, uint8. Raises BadPicture."""
+        return self._view(index)
+
+    @cached_property
+    def _view(self) -> View:
+        return self.pictures.view(self.clip.image_px, enlarge=True)
+
+    @torch.no_grad()
+    def encode(self, views: Tensor) -> Tensor:
+        """Embeddings of views, B 3 px px uint8: B D, float32, on the device of the views."""
+        return self.clip.encode_image(from_uint8(views))
+
+    def sample(self) -> Tensor:
+        """Embeddings for statistics: of all training pictures or, where there are many, of so many keyed
+        draws. N D."""
+        train, rows = self.pictures.train, []
+        draws = range(len(train))
+        if len(train) > STATISTICS:
+            draws = [random.key(0, "statistics", i) % len(train) for i in range(STATISTICS)]
+        for at in range(0, len(draws), CHUNK):
+            rows.append(self.embeds([int(train[i]) for i in draws[at : at + CHUNK]]))
+        return torch.cat(rows)
+
+    def embeds(self, indices: list[int]) -> Tensor:
+        """Embeddings of pictures, cached or not; those that cannot be read are left out. N D."""
+        if self.cache is None:
+            return self._encoded(indices)[1]
+        rows = (self.cache.get(self.pictures.name(i)) for i in indices)
+        return torch.cat([row["embed"] for row in rows if row is not None])
+
+    def listed(self, shard: int) -> list[str]:
+        return [self.pictures.name(i) for i in self.span(shard)]
+
+    def encoded(self, shard: int) -> tuple[list[str], list[Row]]:
+        names, rows = [], []
+        span = self.span(shard)
+        for start in span[::CHUNK]:
+            found, embeds = self._encoded(list(span)[start - span[0] : start - span[0] + CHUNK])
+            names += [self.pictures.name(i) for i in found]
+            rows += [{"embed": embed[None]} for embed in embeds]
+        return names, rows
+
+    def _encoded(self, indices: list[int]) -> tuple[list[int], Tensor]:
+        """Which of the pictures can be read, and their embeddings. The others are listed as bad."""
+        quarantine, found, views = self.pictures.quarantine(), [], []
+        for index in indices:
+            try:
+                views.append(self.view(index))
+                found.append(index)
+            except BadPicture as bad:
+                quarantine.add(bad)
+        device = next(self.clip.parameters()).device
+        return found, self.encode(torch.stack(views).to(device)).cpu() if views else torch.zeros(0, 1)
+
+
+def fingerprint(reference: dict[str, Any]) -> dict[str, Any]:
+    """What an encoder's output depends on. Files that are known by their hash may have any name."""
+    if reference.get("encoders"):
+        return reference | {"encoders": [fingerprint(r) for r in reference["encoders"]]}
+    names = ("name", "revision", "pretrained") if reference.get("sha256") else ()
+    return {key: value for key, value in reference.items() if key not in names}
+
+
+def stored_types(encoder: TextEncoder) -> list[torch.dtype]:
+    """The type in which each sequence is kept: bfloat16 where the encoder computes in it, else float16."""
+    parts = getattr(encoder, "encoders", None)
+    if parts is not None:
+        return [kind for part in parts for kind in stored_types(part)]
+    exact = getattr(encoder, "dtype", None) == torch.bfloat16
+    return [torch.bfloat16 if exact else torch.float16 for _ in encoder.dims]
