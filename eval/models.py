@@ -21,6 +21,7 @@ from eval.run import DEFAULT, PICTURES, Item, Model, Plan, picture_seeds
 from eval.suites import Suite
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+THE_DEFAULT = "the embedded default"  # path of a model that came without one
 ELSEWHERE = "picture"  # the one stage of pictures made elsewhere
 FORMS = {  # of file names, relative to the folder: prompt (from 0) and, where there are several, k (from 0)
     "0017-0.png or 0017.png": r"(?P<prompt>\d+)(?:[-_](?P<k>\d+))?",
@@ -52,7 +53,7 @@ def load_model(source: str | None, device: torch.device) -> tuple[Cascade, Model
     sampling = {name: to_dict(stage.config.sampling) for name, stage in pipe.stages.items()}
     model = Model(
         name=folder.resolve().name if Path(source or EMBEDDED).is_dir() else str(source),
-        path="the embedded default" if source is None else str(source),
+        path=THE_DEFAULT if source is None else str(source),
         sha256=hashlib.sha256(identity.encode()).hexdigest(),
         kind="cascade",
         stages={name: stage.config.image_px for name, stage in pipe.stages.items()},
@@ -61,6 +62,11 @@ def load_model(source: str | None, device: torch.device) -> tuple[Cascade, Model
         dtype=str(next(iter(pipe.stages.values())).dtype).removeprefix("torch."),
     )
     return pipe, model
+
+
+def model_source(model: Model) -> str | Path:
+    """Where a run's model is loaded from again."""
+    return EMBEDDED if model.path == THE_DEFAULT else model.path
 
 
 def find_pictures(source: str, suite: Suite, per_prompt: int) -> tuple[Model, Found]:

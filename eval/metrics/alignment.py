@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+BLOCK = 2**24  # cosines at a time
 
 
 def cosine(image: Tensor, text: Tensor) -> Tensor:
@@ -21,8 +24,12 @@ def text_ranks(image: Tensor, texts: Tensor, own: Tensor) -> Tensor:
 
     image: N D. texts: P D, all different. own: N integers, the row of each picture's text. A text that ties
     with the own one counts as better, so that a network that tells nothing apart fails."""
-    scores = F.normalize(image.double(), dim=1) @ F.normalize(texts.double(), dim=1).T  # N P
-    return (scores >= scores.gather(1, own[:, None])).sum(dim=1) - 1
+    image, texts = F.normalize(image.double(), dim=1), F.normalize(texts.double(), dim=1)
+    ranks = []
+    for rows in torch.arange(len(image)).split(max(1, BLOCK // len(texts))):
+        scores = image[rows] @ texts.T  # n P
+        ranks.append((scores >= scores.gather(1, own[rows, None])).sum(dim=1) - 1)
+    return torch.cat(ranks)
 
 
 def recall_at(ranks: Tensor, k: int) -> Tensor:

@@ -91,18 +91,18 @@ def kernel_sums(kernel: Kernel, real: Tensor, fake: Tensor, groups: Tensor | Non
     """Of N D and M D. groups: the group of each row of `fake`, M integers from 0; None: one group."""
     real, fake = real.double(), fake.double()
     whole = torch.zeros(len(real), dtype=torch.long)
-    groups = torch.zeros(len(fake), dtype=torch.long) if groups is None else groups
+    of_fake = torch.zeros(len(fake), dtype=torch.long) if groups is None else groups
     within = _pair_sums(kernel, real, real, whole, whole)
     diagonals = [torch.vmap(lambda x: kernel(x[None], x[None])[0, 0])(rows) for rows in (real, fake)]
-    empty = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
+    empty = torch.zeros(int(of_fake.max()) + 1, dtype=torch.float64)
     return KernelSums(
         real=within.item(),
         real_diagonal=diagonals[0].sum().item(),
         real_count=len(real),
-        fake=_pair_sums(kernel, fake, fake, groups, groups),
-        fake_diagonal=empty.index_add(0, groups, diagonals[1]),
-        fake_count=groups.bincount(),
-        across=_pair_sums(kernel, real, fake, whole, groups)[0],
+        fake=_pair_sums(kernel, fake, fake, of_fake, of_fake),
+        fake_diagonal=empty.index_add(0, of_fake, diagonals[1]),
+        fake_count=of_fake.bincount(),
+        across=_pair_sums(kernel, real, fake, whole, of_fake)[0],
     )
 
 
