@@ -16,7 +16,7 @@ from cascade.pretrained import unet_layouts as layouts
 from cascade.pretrained.unet_diffusers import config_to_diffusers, unet_from_diffusers
 from cascade.pretrained.unet_layouts import TEXT_PROJ
 from cascade.pretrained.unet_original import unet_from_original
-from cascade.pretrained.unet_tensors import Tensors, read, skeleton, write
+from cascade.pretrained.unet_tensors import Tensors, read, write
 
 __all__ = [
     "config_to_diffusers",
@@ -34,13 +34,13 @@ def tensors_from_diffusers(
 ) -> dict[str, Tensor]:
     """The state dict of `UNet(cfg)` from those of a unet folder and of its text_proj folder, if any."""
     together = dict(tensors) | {TEXT_PROJ + name: t for name, t in (text_proj or {}).items()}
-    return read(layouts.diffusers(skeleton(cfg)), together, cfg, "diffusers U-Net")
+    return read(layouts.diffusers, together, cfg, "diffusers U-Net")
 
 
 def tensors_to_diffusers(tensors: Tensors, cfg: UNetConfig) -> dict[str, dict[str, Tensor]]:
     """Tensors of each component that `config_to_diffusers` names, from the state dict of `UNet(cfg)`."""
     config_to_diffusers(cfg, image_px=64)  # raises where diffusers cannot express the network
-    together = write(layouts.diffusers(skeleton(cfg)), tensors, cfg, "U-Net")
+    together = write(layouts.diffusers, tensors, cfg, "U-Net")
     beside = {n.removeprefix(TEXT_PROJ): t for n, t in together.items() if n.startswith(TEXT_PROJ)}
     found = {"unet": {name: t for name, t in together.items() if not name.startswith(TEXT_PROJ)}}
     return found | ({"text_proj": beside} if beside else {})
@@ -48,9 +48,9 @@ def tensors_to_diffusers(tensors: Tensors, cfg: UNetConfig) -> dict[str, dict[st
 
 def tensors_from_original(tensors: Tensors, cfg: UNetConfig) -> dict[str, Tensor]:
     """The state dict of `UNet(cfg)` from that of an original repository, its wrapper's prefix removed."""
-    return read(layouts.original(skeleton(cfg)), tensors, cfg, "original U-Net")
+    return read(layouts.original, tensors, cfg, "original U-Net")
 
 
 def tensors_to_original(tensors: Tensors, cfg: UNetConfig) -> dict[str, Tensor]:
     """The inverse of `tensors_from_original`."""
-    return write(layouts.original(skeleton(cfg)), tensors, cfg, "U-Net")
+    return write(layouts.original, tensors, cfg, "U-Net")

@@ -10,9 +10,17 @@ from typing import Any, TypeVar, cast
 
 from cascade.config import UNetConfig, from_dict, to_dict
 from cascade.errors import InputError
-from cascade.nn.check import check
 from cascade.nn.condition import attends_to_tokens, context_width, middle_attention
-from cascade.pretrained.unet_keys import Act, ConditionModel, DownBlock, PlainModel, TextProjection, UpBlock
+from cascade.pretrained.unet_keys import (
+    Act,
+    ConditionModel,
+    DownBlock,
+    Norm,
+    PlainModel,
+    TextProjection,
+    UpBlock,
+)
+from cascade.pretrained.unet_tensors import check_public
 
 T = TypeVar("T")
 
@@ -31,7 +39,7 @@ def unet_from_diffusers(config: dict[str, Any], text_proj: dict[str, Any] | None
         cfg = _from_condition(_model(ConditionModel, config, cls), projection)
     else:
         raise InputError(f"_class_name {cls!r}: expected UNet2DConditionModel or UNet2DModel")
-    check(cfg)
+    check_public(cfg)
     return cfg
 
 
@@ -46,11 +54,12 @@ def _from_plain(model: PlainModel) -> UNetConfig:
         middle_blocks=2 if model.mid_block_type else 0,
         self_attention=(False,) * len(model.block_out_channels),
         text_attention=(False,) * len(model.block_out_channels),
-        aug_embedding=False,
+        aug_embedding=model.in_channels in (3, 7),
     )
 
 
 def _from_condition(model: ConditionModel, projection: TextProjection | None) -> UNetConfig:
+    common = _common(model)
     levels = len(model.block_out_channels)
     attends = tuple(block.startswith("Simple") for block in model.down_block_types)
     mirror = tuple(block.startswith("Simple") for block in reversed(model.up_block_types))
@@ -61,7 +70,7 @@ def _from_condition(model: ConditionModel, projection: TextProjection | None) ->
     blocks = _per_level(model.layers_per_block, levels, "layers_per_block")
     middle, sees = _middle(model, self_attention[-1], attends[-1])
     cfg = UNetConfig(
-        **_common(model),
+        **common,
         blocks=blocks,
         self_attention=self_attention,
         text_attention=attends,
@@ -130,14 +139,16 @@ def _middle(model: ConditionModel, own: bool, text: bool) -> tuple[int, tuple[bo
 
 
 def _heads(model: ConditionModel) -> int | tuple[int, ...]:
-    """Widths of the heads; None stands for one head as wide as its level."""
+    """Widths of the heads; None stands for one head as wide as its level. diffusers gives the list to the up
+    blocks as it stands, not reversed as it does with every other list."""
     dims = _per_level(model.attention_head_dim, len(model.block_out_channels), "attention_head_dim")
+    mirrored = zip(dims, dims[::-1], model.down_block_types, strict=True)
+    if any(down != up and block.startswith("Simple") for down, up, block in mirrored):
+        raise InputError(
+            f"attention_head_dim {list(dims)}: expected a list that reads the same backwards, as the up "
+            "blocks take it in that order"
+        )
     widths = tuple(c if d is None else d for c, d in zip(model.block_out_channels, dims, strict=True))
-    attends = [block.startswith("Simple") for block in model.down_block_types]
-    attends[-1] = attends[-1] or model.mid_block_type == "UNetMidBlock2DSimpleCrossAttn"
-    for i, (c, width) in enumerate(zip(model.block_out_channels, widths, strict=True)):
-        if attends[i] and (width < 1 or c % width):
-            raise InputError(f"attention_head_dim {width} does not divide block_out_channels[{i}], {c}")
     return widths[0] if len(set(widths)) == 1 else widths
 
 
@@ -198,7 +209,7 @@ def _vector(model: ConditionModel, projection: TextProjection | None) -> dict[st
         raise InputError(
             "class_embed_type 'timestep': expected 6 in_channels, of which 3 are the noised picture"
         )
-    found: dict[str, Any] = dict(aug_embedding=told)
+    found: dict[str, Any] = dict(aug_embedding=told or model.in_channels in (3, 7))
     if projection is not None:
         embedding = model.time_embedding_dim or 4 * model.block_out_channels[0]
         if projection.time_embed_dim != embedding:
@@ -307,6 +318,7 @@ def _to_plain(cfg: UNetConfig, image_px: int) -> PlainModel:
 def _to_condition(cfg: UNetConfig, image_px: int) -> ConditionModel:
     down: dict[bool, DownBlock] = {True: "SimpleCrossAttnDownBlock2D", False: "ResnetDownsampleBlock2D"}
     up: dict[bool, UpBlock] = {True: "SimpleCrossAttnUpBlock2D", False: "ResnetUpsampleBlock2D"}
+    norms: dict[str, Norm | None] = {"group": "group_norm", "layer": "layer_norm"}
     own, text = middle_attention(cfg)
     projects = cfg.context_dim is not None and not cfg.text_embed_dim
     pooled = cfg.text_pool == "attention" and bool(cfg.text_dims)
@@ -342,7 +354,7 @@ def _to_condition(cfg: UNetConfig, image_px: int) -> ConditionModel:
         conv_in_kernel=cfg.stem_kernel,
         projection_class_embeddings_input_dim=None if cfg.text_embed_dim else cfg.image_embed_dim,
         mid_block_only_cross_attention=text and not own,
-        cross_attention_norm={"group": "group_norm", "layer": "layer_norm"}.get(cfg.context_norm),
+        cross_attention_norm=norms.get(cfg.context_norm),
         addition_embed_type_num_heads=cfg.pool_heads,
     )
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 Act = Literal["silu", "swish", "gelu", "mish", "relu"]
 DownBlock = Literal["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"]
 UpBlock = Literal["ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"]
+Norm = Literal["group_norm", "layer_norm"]
 Scale = Literal["default", "scale_shift"]
 
 
@@ -65,7 +66,7 @@ class ConditionModel:
     attention_type: Literal["default"] = "default"
     class_embeddings_concat: Literal[False] = False
     mid_block_only_cross_attention: bool | None = None
-    cross_attention_norm: Literal["group_norm", "layer_norm"] | None = None
+    cross_attention_norm: Norm | None = None
     addition_embed_type_num_heads: int = 64
 
 

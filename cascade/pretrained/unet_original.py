@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from cascade.config import TextTransformerConfig, UNetConfig, from_dict
 from cascade.errors import InputError
-from cascade.nn.check import check
-from cascade.pretrained.unet_tensors import Tensors
+from cascade.pretrained.unet_tensors import Tensors, check_public
 
 INPUTS = {3: (0, 0), 6: (3, 0), 7: (0, 4), 10: (3, 4)}  # in_channels -> low-resolution, inpainting channels
 
@@ -61,7 +60,6 @@ def unet_from_original(
     params: those of DeepFloyd IF's config.yml, which its networks need. head_channels: of the attention of
     the others, and of GLIDE's text transformer. Raises InputError, one line, that names the first tensor or
     entry that does not fit."""
-    text = _text(tensors)
     if ("encoder_pooling.0.weight" in tensors) != (params is not None):
         raise InputError("config.yml: expected beside a network with encoder_pooling, and beside no other")
     levels = list(_levels(tensors))[::-1]
@@ -80,16 +78,13 @@ def unet_from_original(
         time_dim=_rows(tensors, "time_embed.0.bias"),
         modulation=_modulation(tensors),
         learned_null=False,
-        aug_embedding="aug_proj.0.weight" in tensors,
         **_inputs(tensors),
-        **text,
+        **_text(tensors, max(1, head_channels)),
     )
     if params is not None:
         fields |= _floyd(from_dict(FloydParams, params, "config.yml"), fields)
-    if fields["text_transformer"] is not None and head_channels < 1:
-        raise InputError(f"head_channels {head_channels}: expected a positive integer")
     cfg = UNetConfig(**fields)
-    check(cfg)
+    check_public(cfg)
     return cfg
 
 
@@ -151,25 +146,30 @@ def _inputs(tensors: Tensors) -> dict[str, Any]:
             f"input_blocks.0.0.weight: {shape[1]} input channels, expected one of {list(INPUTS)}"
         )
     lowres, inpaint = INPUTS[shape[1]]
-    return dict(in_channels=3, lowres_channels=lowres, inpaint_channels=inpaint, stem_kernel=shape[2])
+    return dict(
+        in_channels=3,
+        lowres_channels=lowres,
+        inpaint_channels=inpaint,
+        aug_embedding=not lowres or "aug_proj.0.weight" in tensors,
+        stem_kernel=shape[2],
+    )
 
 
-def _text(tensors: Tensors) -> dict[str, Any]:
+def _text(tensors: Tensors, head_channels: int) -> dict[str, Any]:
     """The conditions: DeepFloyd IF's pooling, Karlo's projections, GLIDE's transformer, or none."""
     if "encoder_pooling.0.weight" in tensors:
         return _floyd_text(tensors)
     if "text_seq_proj.0.weight" in tensors:
         return _karlo_text(tensors)
     if "token_embedding.weight" in tensors:
-        return _glide_text(tensors)
-    return dict(text_transformer=None)
+        return _glide_text(tensors, head_channels)
+    return {}
 
 
 def _floyd_text(tensors: Tensors) -> dict[str, Any]:
     normed = any(name.endswith(".norm_encoder.weight") for name in tensors)
     projects = "encoder_proj.weight" in tensors
     return dict(
-        text_transformer=None,
         text_dims=(_rows(tensors, "encoder_pooling.0.weight"),),
         text_masked=False,
         context_dim=_rows(tensors, "encoder_proj.bias") if projects else None,
@@ -185,7 +185,6 @@ def _karlo_text(tensors: Tensors) -> dict[str, Any]:
             f"clip_tok_proj.bias has {tokens} rows: expected a multiple of {width}, a token's width"
         )
     return dict(
-        text_transformer=None,
         text_dims=(dim,),
         context_dim=width,
         context_norm="projected",
@@ -196,7 +195,7 @@ def _karlo_text(tensors: Tensors) -> dict[str, Any]:
     )
 
 
-def _glide_text(tensors: Tensors) -> dict[str, Any]:
+def _glide_text(tensors: Tensors, head_channels: int) -> dict[str, Any]:
     vocab, width = _shape(tensors, "token_embedding.weight", 2)
     layers = takewhile(lambda i: f"transformer.resblocks.{i}.ln_1.weight" in tensors, count())
     transformer = TextTransformerConfig(
@@ -204,7 +203,7 @@ def _glide_text(tensors: Tensors) -> dict[str, Any]:
         length=_rows(tensors, "positional_embedding"),
         width=width,
         layers=sum(1 for _ in layers),
-        heads=max(1, width // 64),
+        heads=max(1, width // head_channels),
     )
     return dict(
         text_transformer=transformer,
@@ -218,7 +217,7 @@ def _glide_text(tensors: Tensors) -> dict[str, Any]:
 def _floyd(params: FloydParams, fields: dict[str, Any]) -> dict[str, Any]:
     """What config.yml adds. Raises InputError for an entry that contradicts the tensors."""
     channels, extra = fields["channels"], fields["lowres_channels"] + fields["inpaint_channels"]
-    mult = tuple(int(m) for m in str(params.channel_mult).strip("()").split(",") if m.strip())
+    mult = _integers(params.channel_mult, "channel_mult")
     blocks = params.num_res_blocks
     found = {
         "in_channels": (params.in_channels, 3 + extra),
@@ -249,6 +248,15 @@ def _floyd(params: FloydParams, fields: dict[str, Any]) -> dict[str, Any]:
         residual_scale=0.7071 if params.scale_skip_connection else 1.0,  # the constant of its code
         dropout=params.dropout,
     )
+
+
+def _integers(value: str | tuple[int, ...], name: str) -> tuple[int, ...]:
+    if isinstance(value, tuple):
+        return value
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise InputError(f"config.yml: {name} {value!r}: expected integers, as in 1,2,3,4") from None
 
 
 def _shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:

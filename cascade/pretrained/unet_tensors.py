@@ -17,11 +17,25 @@ from torch import Tensor, nn
 from cascade.config import UNetConfig
 from cascade.errors import InputError
 from cascade.nn.attention import Attention2d
+from cascade.nn.check import check, head_width
+from cascade.nn.condition import middle_attention
 from cascade.nn.layers import ResBlock
 from cascade.nn.unet import Level, UNet
 
 Tensors = Mapping[str, Tensor]
 Convert = Callable[[list[Tensor]], list[Tensor]]
+Layout = Callable[[UNet], "list[Binding]"]
+
+
+def check_public(cfg: UNetConfig) -> None:
+    """`check`, and that heads divide their level's width: this project rounds their number, others do not."""
+    sees = [own or text for own, text in zip(cfg.self_attention, cfg.text_attention, strict=True)]
+    sees[-1] = sees[-1] or any(middle_attention(cfg))
+    for i, c in enumerate(cfg.channels):
+        width = head_width(cfg, i)
+        if sees[i] and (width < 1 or c % width):
+            raise InputError(f"attention heads of {width} do not divide level {i}'s width {c}")
+    check(cfg)
 
 
 @dataclass(frozen=True)
@@ -143,10 +157,11 @@ def skeleton(cfg: UNetConfig) -> UNet:
 # -- both directions ---------------------------------------------------------------------------------------
 
 
-def read(bindings: Sequence[Binding], theirs: Tensors, cfg: UNetConfig, what: str) -> dict[str, Tensor]:
+def read(layout: Layout, theirs: Tensors, cfg: UNetConfig, what: str) -> dict[str, Tensor]:
     """Our tensors of theirs. Raises InputError that names the first tensor that does not fit."""
-    expected = _write(bindings, skeleton(cfg).state_dict())
-    check_tensors(theirs, expected, what)
+    net = skeleton(cfg)
+    bindings = layout(net)
+    check_tensors(theirs, _write(bindings, net.state_dict()), what)
     found: dict[str, Tensor] = {}
     for binding in bindings:
         made = binding.read([theirs[name] for name in binding.theirs])
@@ -154,10 +169,11 @@ def read(bindings: Sequence[Binding], theirs: Tensors, cfg: UNetConfig, what: st
     return found
 
 
-def write(bindings: Sequence[Binding], ours: Tensors, cfg: UNetConfig, what: str) -> dict[str, Tensor]:
+def write(layout: Layout, ours: Tensors, cfg: UNetConfig, what: str) -> dict[str, Tensor]:
     """Their tensors of ours. Raises InputError that names the first tensor that does not fit."""
-    check_tensors(ours, skeleton(cfg).state_dict(), what)
-    return _write(bindings, ours)
+    net = skeleton(cfg)
+    check_tensors(ours, net.state_dict(), what)
+    return _write(layout(net), ours)
 
 
 def _write(bindings: Sequence[Binding], ours: Tensors) -> dict[str, Tensor]:
