@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cascade.errors import InputError, unknown
 
@@ -52,7 +52,7 @@ def _evaluate(argv: list[str]) -> int:
     from eval.evaluate import Request, draw_run
     from eval.measure import check
     from eval.settings import make_settings
-    from eval.suites import first, load_suite
+    from eval.suites import COCO_PX, first, load_suite
 
     check(arguments.metrics)
     settings = make_settings(arguments.set, arguments.guidance, arguments.sweep, arguments.ablate)
@@ -69,23 +69,35 @@ def _evaluate(argv: list[str]) -> int:
         seed=arguments.seed,
         batch=arguments.batch,
         stop_at=arguments.stop_at,
+        px=COCO_PX if suite.name == "coco" else None,
         references=arguments.references,
         command=f"python -m eval {shlex.join(argv)}",
     )
     run = draw_run(request)
     if run is not None and not arguments.draw_only:
+        from eval.blind import write_blind
+
         _conclude(run, arguments)
+        print(write_blind(run, stage=arguments.stage))
     return 0
 
 
 def _conclude(run: Run, arguments: argparse.Namespace) -> None:
-    """Measure a run, report it, and make the page for people."""
-    from eval.blind import write_blind
+    """Measure a run and report it."""
+    from eval.evaluate import processes
+    from eval.measure import measure
     from eval.report import write_report
 
-    report = _measured(run, arguments)
+    references = arguments.references or run.plan.references
+    report = measure(
+        run,
+        metrics=arguments.metrics,
+        references=None if references is None else Path(references),
+        stage=arguments.stage,
+        seed=run.plan.seed,
+        device=str(processes().device),
+    )
     print(write_report(run, report))
-    print(write_blind(run, stage=arguments.stage))
 
 
 def _suite_parser() -> _Parser:
@@ -125,7 +137,7 @@ def _suite_parser() -> _Parser:
         metavar="STAGE.NAME=V",
         help="a sampling setting of every picture",
     )
-    add("--stop-at", metavar="STAGE", help="last stage to draw (default: the last)")
+    add("--stop-at", metavar="STAGE", help="last stage to draw (default: the last; coco: that of 256 px)")
     add("--seed", type=int, default=0, metavar="N")
     add("--batch", type=int, metavar="N", help="pictures drawn together (default: 1 on the CPU, else 16)")
     add("--limit", type=int, metavar="N", help="only the first N prompts of each category")
@@ -191,21 +203,6 @@ def _tally(argv: list[str]) -> int:
     from eval.tally import main as tally
 
     return tally(argv)
-
-
-def _measured(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
-    from eval.evaluate import processes
-    from eval.measure import measure
-
-    references = arguments.references or run.plan.references
-    return measure(
-        run,
-        metrics=arguments.metrics,
-        references=None if references is None else Path(references),
-        stage=arguments.stage,
-        seed=run.plan.seed,
-        device=str(processes().device),
-    )
 
 
 def _add_measures(parser: argparse.ArgumentParser) -> None:

@@ -38,6 +38,7 @@ class Request:
     seed: int = 0
     batch: int | None = None
     stop_at: str | None = None
+    px: int | None = None  # stop at the stage of this size, where the model has one and stop_at is None
     references: str | None = None
     command: str = ""
 
@@ -83,6 +84,8 @@ def _prepare(request: Request, device: torch.device) -> tuple[Plan, dict[str, Ca
     """(plan, models that draw, pictures made elsewhere), by the models' names in the run."""
     if request.per_prompt < 1 or (request.batch or 1) < 1:
         raise InputError("per-prompt and batch: expected at least 1")
+    _check_references(request)
+    stop_at = request.stop_at
     models: dict[str, Model] = {}
     pipes: dict[str, Cascade] = {}
     made: dict[str, Found] = {}
@@ -90,8 +93,9 @@ def _prepare(request: Request, device: torch.device) -> tuple[Plan, dict[str, Ca
     for name, source in sources.items():
         if is_model(source):
             pipes[name], models[name] = load_model(source, device)
-            check_settings(pipes[name], request.settings, request.stop_at, request.suite, request.references)
-            models[name] = _until(models[name], request.stop_at)
+            stop_at = stop_at or _stage_of(models[name], request.px)
+            check_settings(pipes[name], request.settings, stop_at, request.suite, request.references)
+            models[name] = _until(models[name], stop_at)
         else:
             models[name], made[name] = find_pictures(str(source), request.suite, request.per_prompt)
     plan = Plan(
@@ -101,12 +105,28 @@ def _prepare(request: Request, device: torch.device) -> tuple[Plan, dict[str, Ca
         per_prompt=request.per_prompt,
         seed=request.seed,
         batch=request.batch or (1 if device.type == "cpu" else ACCELERATOR_BATCH),
-        stop_at=request.stop_at,
+        stop_at=stop_at,
         references=request.references,
         code=code_version(),
         command=request.command,
     )
     return plan, pipes, made
+
+
+def _check_references(request: Request) -> None:
+    """Raises InputError where there is nothing at `references`, or no picture that a prompt names there."""
+    place = None if request.references is None else Path(request.references)
+    if place is not None and not place.exists():
+        raise InputError(f"references {place}: expected real pictures, or their statistics")
+    if place is not None and place.is_dir():
+        named = [place / prompt.reference for prompt in request.suite.prompts if prompt.reference]
+        lacking = next((path for path in named if not path.is_file()), None)
+        if lacking is not None:
+            raise InputError(f"missing picture {lacking}, which suite {request.suite.name} names")
+
+
+def _stage_of(model: Model, px: int | None) -> str | None:
+    return next((name for name, side in model.stages.items() if side == px), None)
 
 
 def _until(model: Model, stop_at: str | None) -> Model:

@@ -23,6 +23,7 @@ from eval.suites.published import (
     read_parti,
     read_prompts,
 )
+from eval.suites.published import COCO_PX as COCO_PX
 from eval.suites.suite import Prompt as Prompt
 from eval.suites.suite import Suite as Suite
 from eval.suites.suite import make_suite

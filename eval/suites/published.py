@@ -36,6 +36,7 @@ COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "
 COMPBENCH_EACH = 300
 DPG = 1065
 COCO_FID = 30_000  # prompts of the zero-shot protocol (Imagen, arXiv:2205.11487, section 3)
+COCO_PX = 256  # side of its pictures
 
 
 def read_prompts(source: str) -> Suite:
