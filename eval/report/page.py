@@ -88,6 +88,7 @@ def render(
         planes=planes(report["sweeps"], titles),
         tables=[table_view(entry) for entry in report["cascade"].values()],
         gallery=gallery,
+        studies=gallery.studies(),
         setting_names=[setting_name(s) for s in gallery.settings],
         people=people,
         overall=OVERALL,
