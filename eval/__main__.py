@@ -78,7 +78,7 @@ def _evaluate(argv: list[str]) -> int:
         from eval.blind import write_blind
 
         _conclude(run, arguments)
-        print(write_blind(run, stage=arguments.stage))
+        print(f"page for people: {write_blind(run, stage=arguments.stage)}")
     return 0
 
 
@@ -97,7 +97,7 @@ def _conclude(run: Run, arguments: argparse.Namespace) -> None:
         seed=run.plan.seed,
         device=str(processes().device),
     )
-    print(write_report(run, report))
+    print(f"report: {write_report(run, report)}")
 
 
 def _suite_parser() -> _Parser:
