@@ -23,6 +23,7 @@ from train.encoded import ImageStore, TextStore
 from train.recipe import ClipRecipe, Recipe, StageRecipe
 
 Batch = dict[str, Tensor]
+GUESS = "guess_"  # begins the names of what only the guess of x_0 learns from
 CROP_CANDIDATES = 2  # of which the crop with more contrast is kept: much of a drawing is flat
 
 
@@ -81,12 +82,10 @@ class Maker(ABC):
         """Encode what is not yet."""
         done = {name: value for name, value in batch.items() if name not in ("captions", "views")}
         if "captions" in batch:
-            self.text.encoder.to(device)
-            done |= text_batch(self.text(unpacked(batch["captions"])))
+            done |= text_batch(self.text.to(device)(unpacked(batch["captions"])))
         if "views" in batch:
             assert self.images is not None
-            self.images.clip.to(device)
-            done["image_embed"] = self.images.encode(batch["views"].to(device))
+            done["image_embed"] = self.images.to(device).encode(batch["views"].to(device))
         return done
 
     def samples(self, positions: list[int]) -> list[int]:
@@ -200,9 +199,7 @@ class StageMaker(Maker):
         batch = {"x": self._pictures(samples, seeds), "t": self.times(positions, seeds)}
         shape = batch["x"].shape[1:]
         batch["noise"] = random.normal(shape, seeds, "noise")
-        if self.cfg.unet.text_dims:
-            batch |= self.captions(samples, seeds)
-        batch |= self.keep(seeds) | self.embeds(samples)
+        batch |= self._conditions(samples, seeds)
         if self.cfg.lowres_px:
             augment = self.cfg.augment
             assert augment is not None
@@ -210,7 +207,38 @@ class StageMaker(Maker):
             batch["lowres"] = corrupt_training(lowres, augment, seeds, self.stage)
             batch["aug_level"] = (random.uniform(seeds, "aug")[:, 0] * augment.max_level).float()
             batch["aug_noise"] = random.normal(shape, seeds, "aug_noise")
+        return batch | self._for_guess(positions)
+
+    def complete(self, batch: Batch, device: torch.device | str = "cpu") -> Batch:
+        parts = {GUESS: guess_part(batch), "": {k: x for k, x in batch.items() if not k.startswith(GUESS)}}
+        done: Batch = {}
+        for prefix, part in parts.items():
+            part = super().complete(part, device)
+            if (noise := part.pop("embed_noise", None)) is not None:
+                embed = part["image_embed"]  # B D
+                scale = self.train.image_noise * embed.shape[1] ** -0.5  # unit vectors vary by D^-1/2
+                part["image_embed"] = embed + scale * noise.to(embed)
+            done |= {prefix + name: x for name, x in part.items()}
+        return done
+
+    def _conditions(self, samples: list[Sample], seeds: list[int]) -> Batch:
+        batch = self.captions(samples, seeds) if self.cfg.unet.text_dims else {}
+        batch |= self.keep(seeds) | self.embeds(samples)
+        if self.cfg.unet.image_embed_dim and self.train.image_noise:
+            batch["embed_noise"] = random.normal((self.cfg.unet.image_embed_dim,), seeds, "embed_noise")
         return batch
+
+    def _for_guess(self, positions: list[int]) -> Batch:
+        """Pictures and their conditions from which a step's guess of x_0 learns: `guess_batch` over all
+        processes, in the same order of samples, through which they run faster."""
+        share = self.train.guess_batch // self.train.batch
+        if not share:
+            return {}
+        places = [p * share + k for p in positions for k in range(share)]
+        seeds = [random.key(self._seed, "guess", p) for p in places]
+        samples = self.read_at(places)
+        batch = {"x": whole(samples), **self._conditions(samples, seeds)}
+        return {GUESS + name: x for name, x in batch.items()}
 
     def _pictures(self, samples: list[Sample], seeds: list[int]) -> Tensor:
         """B 3 H W in [-1, 1]: whole pictures, or a crop of each."""
@@ -223,6 +251,11 @@ class StageMaker(Maker):
             assert sample.pixels is not None
             rows.append(best_crop(sample.pixels, crop, multiple, seed))
         return from_uint8(torch.stack(rows))
+
+
+def guess_part(batch: Batch) -> Batch:
+    """What a batch holds for the guess of x_0 alone; empty where its network makes none."""
+    return {name.removeprefix(GUESS): x for name, x in batch.items() if name.startswith(GUESS)}
 
 
 def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:

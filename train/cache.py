@@ -46,7 +46,7 @@ class Cache:
             self._index = np.load(folder / INDEX, mmap_mode="r")
             if self._index.dtype != ENTRY:
                 raise ValueError("other columns")
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # numpy parses a damaged header as Python, with all that may raise
             raise _damaged(folder, error) from None
         self.folder = folder
         self._open: dict[int, _Shard] = {}

@@ -75,6 +75,10 @@ class Store(ABC):
         return range(shard * SHARD, min(len(self.pictures), (shard + 1) * SHARD))
 
     @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Encode on `device`."""
+
+    @abstractmethod
     def listed(self, shard: int) -> list[str]:
         """What a shard is made from: names of its rows, or more."""
 
@@ -101,6 +105,10 @@ class TextStore(Store):
         rows = self.rows(captions)
         fresh = iter(self.encode([c for c, row in zip(captions, rows, strict=True) if row is None]))
         return self.padded([next(fresh) if row is None else row for row in rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        self.encoder.to(device)
+        return self
 
     def rows(self, captions: Sequence[str]) -> list[Row | None]:
         """What the cache holds of each caption."""
@@ -158,6 +166,10 @@ class ImageStore(Store):
         if row is None:
             raise BadPicture(self.pictures.name(index), "it has no CLIP embedding")
         return row["embed"][0]
+
+    def to(self, device: torch.device | str) -> Self:
+        self.clip.to(device)
+        return self
 
     def view(self, index: int) -> Tensor:
         """The picture as CLIP is shown it: 3 px px, uint8. Raises BadPicture."""

@@ -143,7 +143,7 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path: Path) -> None:
         pictures.pixels(16)
     assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / pictures.records[5]["file_name"]).unlink()
-    with pytest.raises(InputError, match="cannot read .*: No such file"):
+    with pytest.raises(InputError, match="cannot read .*: no such file"):
         pictures.pixels(16)
 
 

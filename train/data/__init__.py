@@ -25,6 +25,6 @@ def open_pictures(cfg: DataConfig) -> PictureSet:
         from train.data.shards import TarPictures
 
         return TarPictures(cfg)
-    from train.data.table import HuggingFacePictures
+    from train.data.table import FolderPictures, HuggingFacePictures
 
-    return HuggingFacePictures(cfg)
+    return FolderPictures(cfg) if cfg.name == "folder" else HuggingFacePictures(cfg)

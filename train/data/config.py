@@ -29,7 +29,7 @@ class DataConfig:
     hub: str | None = None  # owner/name
     subset: str | None = None
     revision: str | None = None
-    split: str = "train"  # folder and hub
+    split: str = "train"
     # parquet and webdataset: paths and URLs; {000..123} counts and, in paths, * matches
     files: tuple[str, ...] = ()
 

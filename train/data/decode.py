@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +30,14 @@ class BadPicture(InputError):
         return BadPicture, (self.name, self.reason)
 
 
+def read_file(name: str, path: Path) -> bytes:
+    """The bytes of one picture. Raises BadPicture."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadPicture(name, (error.strerror or "cannot be read").lower()) from None
+
+
 def decode(name: str, data: bytes, max_pixels: int) -> Tensor:
     """The picture as 3 H W, uint8: turned as its EXIF says, transparency over white, the first frame of an
     animation. The size is read before anything is decoded. Raises BadPicture."""
@@ -43,10 +52,9 @@ def decode(name: str, data: bytes, max_pixels: int) -> Tensor:
 
 
 def size_of(name: str, data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Width and height as the header and EXIF say. Raises BadPicture."""
+    """Width and height as the header tells, before the picture is turned as EXIF says. Raises BadPicture."""
     with _opened(name, data, max_pixels) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # of the eight orientations, those on the side
-        return (image.height, image.width) if turned else image.size
+        return image.size
 
 
 def _opened(name: str, data: bytes, max_pixels: int) -> Image.Image:

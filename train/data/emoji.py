@@ -14,7 +14,7 @@ from rich.progress import track
 from cascade import random
 from cascade.errors import InputError, unknown
 from train.data.config import DataConfig
-from train.data.decode import BadPicture
+from train.data.decode import read_file
 from train.data.pictures import PictureSet, weighted
 from train.files import whole_file
 
@@ -45,10 +45,7 @@ class EmojiPictures(PictureSet):
         return self.records[index]["file_name"]
 
     def encoded(self, index: int) -> bytes:
-        try:
-            return (self.folder / self.name(index)).read_bytes()
-        except OSError as error:
-            raise BadPicture(self.name(index), error.strerror or "no such file") from None
+        return read_file(self.name(index), self.folder / self.name(index))
 
     def captions(self, index: int) -> list[str]:
         """The forms in the order of `caption_weights`."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from cascade import random
 
-ROUNDS = 4  # of the Feistel network: Luby and Rackoff's number for a strong pseudorandom permutation
+ROUNDS = 10  # of the Feistel network, as in NIST's FF1 (SP 800-38G): fewer are unfair on a few pictures
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15  # of 64 bits; 2^64 over the golden ratio
 
 

@@ -10,15 +10,20 @@ on the set is a table, and any position of any epoch is one read at a known plac
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 from filelock import FileLock
@@ -36,7 +41,8 @@ if TYPE_CHECKING:
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 OPEN_SHARDS = 16  # a process keeps that many files open
-TRIES, PAUSE = 4, 2.0  # to fetch a URL; seconds before the second try, then twice as long
+TRIES = 4  # to fetch a URL
+PAUSE, TIMEOUT = 2.0, 60.0  # seconds before the second try, then twice as long; of silence before one ends
 
 
 class TarPictures(TablePictures):
@@ -68,24 +74,33 @@ class TarPictures(TablePictures):
 
 
 class Shards:
-    """Tar files by number, local or at URLs (whatever fsspec opens)."""
+    """Tar files by number, local or at URLs."""
 
     def __init__(self, sources: list[str], folder: Path, cache_gb: float) -> None:
-        self.sources, self.folder, self._most = sources, folder, cache_gb * 1e9
+        self.sources, self.folder, self._cache_gb = sources, folder, cache_gb
         self._open: dict[int, BinaryIO] = {}  # the one used last is the last
-        self._process = os.getpid()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return Shards, (self.sources, self.folder, self._cache_gb)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files that are open; what is read next opens its own again."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        return os.pread(self._file(shard).fileno(), size, offset)
-
-    def _file(self, shard: int) -> BinaryIO:
-        if self._process != os.getpid():  # a fork: its files are its own
-            self._open, self._process = {}, os.getpid()
-        file = self._open.pop(shard, None) or self.open(shard)
-        self._open[shard] = file
-        if len(self._open) > OPEN_SHARDS:
-            self._open.pop(next(iter(self._open))).close()
-        return file
+        """Bytes of a shard, fewer where it ends before. Raises InputError."""
+        with self._lock:
+            file = self._open.pop(shard, None) or self.open(shard)
+            self._open[shard] = file
+            if len(self._open) > OPEN_SHARDS:
+                self._open.pop(next(iter(self._open))).close()
+            return os.pread(file.fileno(), size, offset)  # moves no position that processes would share
 
     def open(self, shard: int) -> BinaryIO:
         """The shard's file, fetched where it is a URL that is not here yet. Raises InputError."""
@@ -110,7 +125,7 @@ class Shards:
         copies = sorted(self.folder.glob("*.tar"), key=lambda p: p.stat().st_mtime)
         sizes = {p: p.stat().st_size for p in copies}
         for path in copies:
-            if sum(sizes.values()) + max(sizes.values(), default=0) <= self._most:
+            if sum(sizes.values()) + max(sizes.values(), default=0) <= self._cache_gb * 1e9:
                 break
             path.unlink(missing_ok=True)
             del sizes[path]
@@ -123,18 +138,37 @@ def digest(text: str) -> str:
 
 def _fetch(url: str, path: Path) -> None:
     """Copy a URL to a file, whole or not at all."""
-    import fsspec
-
     for attempt in range(TRIES):
         try:
-            with whole_file(path) as part, part.open("wb") as file, fsspec.open(url, "rb") as remote:
-                while block := remote.read(2**20):  # type: ignore[union-attr]
-                    file.write(block)
+            with whole_file(path) as part, part.open("wb") as file, _remote(url) as remote:
+                shutil.copyfileobj(remote, file, 2**20)
             return
+        except (FileNotFoundError, ImportError, InputError) as error:
+            raise InputError(f"cannot fetch {url}: {_line(error)}") from None
         except Exception as error:  # each protocol has classes of its own
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = _line(error)
         time.sleep(PAUSE * 2**attempt)
     raise InputError(f"cannot fetch {url} in {TRIES} tries: {reason}")
+
+
+def _remote(source: str) -> Any:
+    """A path or URL, open for reading: http(s) by the standard library, other protocols by fsspec and its
+    plugins. Raises FileNotFoundError where there is nothing."""
+    if source.startswith(("http://", "https://")):
+        try:
+            return urlopen(source, timeout=TIMEOUT)
+        except HTTPError as error:
+            error.close()
+            if error.code in (404, 410):
+                raise FileNotFoundError(f"{error.code} {error.reason}") from None
+            raise OSError(f"{error.code} {error.reason}") from None
+    import fsspec
+
+    return fsspec.open(source, "rb")
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # -- index ---------------------------------------------------------------------------------------------------
@@ -229,18 +263,18 @@ def _json(file: BinaryIO, member: tarfile.TarInfo | None) -> dict[str, Any]:
 
 def _beside(source: str) -> dict[str, dict[str, Any]]:
     """Columns of the parquet file beside a shard, by key."""
-    import fsspec
     import pyarrow.parquet
 
     path = source.removesuffix(".tar") + ".parquet"
     try:
-        system, place = fsspec.url_to_fs(path)
-        if not system.exists(place):
-            return {}
-        with system.open(place, "rb") as file, one_line(path):
-            rows = pyarrow.parquet.read_table(file).to_pylist()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        with _remote(path) as file:
+            data = file.read()
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # each protocol has classes of its own
+        raise InputError(f"cannot read {path}: {_line(error)}") from None
+    with one_line(path):
+        rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
     return {row.pop("key"): row for row in rows if "key" in row}
 
 

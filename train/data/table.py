@@ -1,4 +1,4 @@
-"""Pictures that a table lists: a folder with metadata, parquet files, the hub, or tar shards (shards.py).
+"""Pictures that a table lists: a folder with metadata, parquet files, the hub; tar shards are in shards.py.
 
 The table is a `datasets.Dataset`, memory-mapped from Arrow files, so memory does not grow with the set, and
 any row can be read at any time. `datasets` streams too, but cannot resume a shuffled stream where it stopped
@@ -22,7 +22,7 @@ from rich.progress import track
 from cascade import random
 from cascade.errors import InputError, unknown
 from train.data.config import DataConfig
-from train.data.decode import BadPicture, size_of
+from train.data.decode import BadPicture, read_file, size_of
 from train.data.order import Order, Shuffled, mix
 from train.data.pictures import PictureSet, weighted
 from train.files import whole_file
@@ -159,58 +159,82 @@ class TablePictures(PictureSet):
 
 
 class HuggingFacePictures(TablePictures):
-    """A table of `datasets`: an image folder with metadata.jsonl or metadata.csv, parquet files, the hub."""
+    """A table of `datasets` whose rows hold the picture files: parquet files, or a set of the hub."""
 
     def __init__(self, cfg: DataConfig) -> None:
-        table = _load(cfg)
-        self._images = table.select_columns([cfg.image])
+        table, where = _load(cfg), cfg.hub or cfg.folder
+        if cfg.image not in table.column_names:
+            raise unknown("column", cfg.image, table.column_names, where=f"the table of {where}")
+        self._images = _undecoded(table, cfg.image).select_columns([cfg.image])
         super().__init__(cfg, table)
 
     def name(self, index: int) -> str:
-        """The path in the set where there is one, else the row's number."""
-        path = self._image(index).get("path")
-        if not path:
-            return f"row {index}"
-        path = Path(path)
-        return str(path.relative_to(self.folder.absolute())) if self.cfg.name == "folder" else path.name
+        """The file's name where the row holds one, else the row's number."""
+        return Path(self._image(index).get("path") or f"row {index}").name
 
     def encoded(self, index: int) -> bytes:
         image = self._image(index)
         if image.get("bytes") is not None:
             return image["bytes"]
-        if image.get("path") is None:
+        if not image.get("path"):
             raise BadPicture(self.name(index), "the row holds no picture")
-        try:
-            return Path(image["path"]).read_bytes()
-        except OSError as error:
-            raise BadPicture(self.name(index), error.strerror or "no such file") from None
+        return read_file(self.name(index), Path(image["path"]))
 
     def _image(self, index: int) -> dict[str, Any]:
         value = self._images[index][self.cfg.image]
         return value if isinstance(value, dict) else {"bytes": value, "path": None}
 
 
-def _load(cfg: DataConfig) -> Dataset:
-    """The table, pictures as files. Raises InputError in one line, whatever `datasets` has to say."""
-    from datasets import Image, load_dataset
+class FolderPictures(TablePictures):
+    """Picture files in a folder, and a metadata.jsonl or metadata.csv with a `file_name` a line, the layout
+    of image folders on the hub."""
 
-    source: dict[str, Any] = {
-        "folder": {"path": "imagefolder", "data_dir": cfg.folder, "drop_labels": True},
-        "hub": {"path": cfg.hub, "name": cfg.subset, "revision": cfg.revision},
-        "parquet": {"path": "parquet", "data_files": expand(cfg.files)},
-    }[cfg.name]
-    if cfg.name == "folder" and not Path(cfg.folder).is_dir():
-        raise InputError(
-            f"no folder {cfg.folder}: expected pictures and metadata.jsonl or metadata.csv in it"
-        )
-    split = cfg.split if cfg.name != "parquet" else "train"  # the one name that loose files get
+    def __init__(self, cfg: DataConfig) -> None:
+        table = _load(cfg)
+        if "file_name" not in table.column_names:
+            raise unknown("column", "file_name", table.column_names, where=f"the metadata of {cfg.folder}")
+        self._names = table.select_columns(["file_name"])
+        super().__init__(cfg, table)
+
+    def name(self, index: int) -> str:
+        return str(self._names[index]["file_name"])
+
+    def encoded(self, index: int) -> bytes:
+        return read_file(self.name(index), self.folder / self.name(index))
+
+
+def _load(cfg: DataConfig) -> Dataset:
+    """The table. Raises InputError in one line, whatever `datasets` has to say."""
+    from datasets import load_dataset
+
+    source: dict[str, Any]
+    if cfg.name == "hub":
+        source = {"path": cfg.hub, "name": cfg.subset, "revision": cfg.revision, "split": cfg.split}
+    elif cfg.name == "parquet":
+        source = {"path": "parquet", "data_files": expand(cfg.files), "split": "train"}
+    else:
+        metadata = _metadata(Path(cfg.folder))
+        kind = "csv" if metadata.suffix == ".csv" else "json"
+        source = {"path": kind, "data_files": str(metadata), "split": "train"}
     with one_line(cfg.hub or cfg.folder):
-        table: Any = load_dataset(**source, split=split)
-    if cfg.image not in table.column_names:
-        raise unknown("column", cfg.image, table.column_names, where=f"the table of {cfg.hub or cfg.folder}")
-    if isinstance(table.features[cfg.image], Image):
-        table = table.cast_column(cfg.image, Image(decode=False))
+        table: Any = load_dataset(**source, cache_dir=str(Path(cfg.folder) / "cache" / "datasets"))
     return table
+
+
+def _metadata(folder: Path) -> Path:
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"no pictures in {folder}: expected them there, and a metadata.jsonl or metadata.csv")
+
+
+def _undecoded(table: Dataset, column: str) -> Dataset:
+    """Pictures as the files they are: decoding one that is broken would raise from within `datasets`."""
+    from datasets import Image
+
+    return (
+        table.cast_column(column, Image(decode=False)) if isinstance(table.features[column], Image) else table
+    )
 
 
 @contextmanager
