@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
 
+    from train.components import assemble
     from train.loop import fit
     from train.processes import Alone, Ended, Lost
-    from train.tasks import assemble
 
     out = arguments.out or Path(recipe.out.replace("{name}", recipe.name))
     try:

@@ -26,11 +26,14 @@ from train.plan import Plan, make_plan
 from train.processes import Told, batches, in_turn, make_accelerator, together
 from train.recipe import Recipe
 from train.signals import Preempted, StopSignal, settle_worker
-from train.state import Trained, gather
+from train.state import Tensors, Trained, gather
 from train.status import Clock, Log, Reports
 from train.tasks import Task, make_task
+from train.trackers import Trackers
+from train.validation import Validation
 
 FORK = "fork" if os.name == "posix" else None  # batch makers then share the memory maps
+GATHERED = ("ResBlock", "Block")  # modules whose parameters FSDP gathers together, when they are used
 Kept = tuple[Tensor, Tensor | None]  # of a step: losses of this process's samples, their noise levels
 
 
@@ -50,7 +53,9 @@ def fit(recipe: Recipe, stage: str, out: Path, *, dry_run: bool = False, smoke: 
         if dry_run:
             return None
         with together(accelerator):
-            Run(recipe, stage, out, accelerator, console, plan, stop).train(smoke)
+            run = Run(recipe, stage, out, accelerator, console, plan, stop)
+            run.train(smoke)
+            run.trackers.finish()
             accelerator.wait_for_everyone()
     accelerator.free_memory()
     return out / stage
@@ -75,26 +80,31 @@ class Run:
             accelerator.is_main_process, accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         self.folder = out / f"{stage}-training"
-        self.task = in_turn(accelerator, lambda: self._make(out))
+        self.task, self.trackers = in_turn(accelerator, lambda: self._make(out))
         self._prepare()
+        self.validation = Validation(self.task, accelerator)
         self.clock = Clock(accelerator.device)
-        self.log = Log(self.folder, console, stage, 3 * plan.flops, self.clock, self.main)
+        self.log = Log(self.folder, console, stage, 3 * plan.flops, self.clock, self.trackers, self.main)
         self.skips, self.spikes = Skips(stage, self.cfg.skip_limit), Spikes()
 
-    def _make(self, out: Path) -> Task:
+    def _make(self, out: Path) -> tuple[Task, Trackers]:
         if self.main:
             record(self.recipe, out, self.folder)
         # initial weights; every other draw is keyed
         set_seed(random.key(self.recipe.seed, "init", self.stage) % 2**32)
-        return make_task(self.recipe, out, self.stage)
+        task = make_task(self.recipe, out, self.stage)
+        return task, Trackers(self.recipe, self.stage, self.folder, self.main)
 
     def _prepare(self) -> None:
         """Network, optimiser and averages, spread over the processes."""
         cfg, task = self.cfg, self.task
-        task.network.to(memory_format=torch.channels_last)
+        if self.accelerator.distributed_type != DistributedType.FSDP:  # it takes contiguous parameters alone
+            task.network.to(memory_format=torch.channels_last)
         task.network.gradient_checkpointing = cfg.gradient_checkpointing
         if cfg.compile:
             task.compile()
+        present = {type(module).__name__ for module in task.modules()}
+        task._no_split_modules = [name for name in GATHERED if name in present]  # where Accelerate looks
         optimizer = make_optimizer(cfg, task.network.parameters())
         self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
         task.processes = self.world
@@ -178,6 +188,8 @@ class Run:
         """What is to be done after the step that was just made."""
         cfg, now = self.cfg, self.counters.images
         every = {"state": cfg.save_images, "grid": cfg.grid_images}
+        if self.validation:
+            every["validation"] = cfg.validate_images
         if cfg.ema_sigma_rel:
             every["average"] = cfg.average_images
         return {what: now >= self.total or crossed(now - cfg.batch, now, n) for what, n in every.items()}
@@ -225,14 +237,22 @@ class Run:
             component = self.checkpoints.save(self.counters, averages=due.get("average", False))
             if done or stopped:
                 self.checkpoints.join(needed=True)
-            if self.main and due["grid"] and not stopped:
+            if not stopped:
                 with self.stop.at_once():
-                    if (sheet := self.task.grid(component)) is not None:
-                        save_png(sheet, self.folder / f"grid-{self.counters.images:010d}.png")
+                    self._show(due, component)
         elif done:
             self.skips.check(limit=1)
         if stopped:
             raise Preempted
+
+    def _show(self, due: dict[str, bool], component: Tensors) -> None:
+        """What the averaged weights are worth: their validation loss, and what they draw. Collective."""
+        images = self.counters.images
+        if due.get("validation"):
+            self.log.event(*self.validation.run(self.averages[0].average).event(self.stage, images))
+        if self.main and due["grid"] and (sheet := self.task.grid(component)) is not None:
+            save_png(sheet, self.folder / f"grid-{images:010d}.png")
+            self.trackers.grid("grid", sheet, images)
 
 
 def crossed(before: int, after: int, every: int) -> bool:

@@ -75,6 +75,8 @@ class TrainConfig:
     average_images: int = 1_000_000
     text_drop: float = 0.1
     image_drop: float = 0.1
+    image_noise: float = 0.0  # on CLIP image embeddings, in their standard deviations: the prior errs as well
+    guess_batch: int = 0  # pictures a step beside the batch, from which the guess of x_0 learns (guess_width)
     crop_px: int | None = None  # side of the random training crop; None: the whole picture
     crops_per_picture: int = 1
     precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -111,6 +113,9 @@ class TrainConfig:
             self._expect(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "numbers from 0 to below 1")
         self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        self._expect("image_noise", 0 <= self.image_noise < math.inf, "a number of at least 0")
+        whole = self.guess_batch >= 0 and self.guess_batch % self.batch == 0
+        self._expect("guess_batch", whole, f"a multiple of batch, {self.batch}")
         self._expect("crop_px", self.crop_px is None or self.crop_px >= 1, "an integer above 0, or null")
         multiple = self.batch % self.crops_per_picture == 0
         self._expect("batch", multiple, f"a multiple of crops_per_picture, {self.crops_per_picture}")

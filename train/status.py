@@ -18,6 +18,7 @@ from torch import Tensor
 
 from train.files import write_whole
 from train.guards import BINS, Report
+from train.trackers import Trackers
 
 LOG, EVENTS = "log.jsonl", "events.jsonl"
 
@@ -96,9 +97,16 @@ class Log:
     """The status line and log.jsonl: a record a log interval, each once, also after a resume."""
 
     def __init__(
-        self, folder: Path, console: Console, stage: str, flops: float, clock: Clock, main: bool
+        self,
+        folder: Path,
+        console: Console,
+        stage: str,
+        flops: float,
+        clock: Clock,
+        trackers: Trackers,
+        main: bool,
     ) -> None:
-        self.folder, self.console, self.stage = folder, console, stage
+        self.folder, self.console, self.stage, self.trackers = folder, console, stage, trackers
         self.flops, self.clock, self._main = flops, clock, main
         self._reset()
 
@@ -166,6 +174,7 @@ class Log:
         if self._main:
             with (self.folder / name).open("a") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
+            self.trackers.log(record.get("event", "train"), record, record["images"])
 
 
 def _images_of(line: bytes) -> float:

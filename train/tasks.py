@@ -10,46 +10,72 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
 
-from cascade import Cascade, Stage
+from cascade import Stage
+from cascade.adapter import Adapter, AdapterConfig
 from cascade.augment import condition_lowres, residual_base, residual_variance
-from cascade.checkpoint import WEIGHTS, load_component, load_tensors, save_component, sha256
+from cascade.checkpoint import save_component
 from cascade.conditioning import TextEmbedding
-from cascade.config import from_dict, to_dict
+from cascade.config import to_dict
 from cascade.diffusion import diffusion_loss
 from cascade.errors import InputError
-from cascade.images import downsample, from_uint8, to_pil
-from cascade.text import load_text_encoder
-from prior.clip import CLIP, MAX_LOGIT_SCALE, ClipConfig, contrastive_loss
-from prior.diffusion import DiffusionPrior, PriorConfig
-from train.batches import Batch, ClipMaker, Maker, PriorMaker, StageMaker, conditioning_of, text_of
-from train.data import PictureSet, open_pictures
-from train.encoded import ImageStore, TextStore
-from train.recipe import Recipe, StageRecipe
+from prior.clip import CLIP, MAX_LOGIT_SCALE, contrastive_loss
+from prior.diffusion import DiffusionPrior
+from train.batches import (
+    Batch,
+    ClipMaker,
+    Maker,
+    PriorMaker,
+    StageMaker,
+    conditioning_of,
+    guess_part,
+    text_of,
+)
+from train.components import class_of, load_clip, open_images, start_from
+from train.data import open_pictures
+from train.encoded import TextStore
+from train.grids import prompt_sheet, upsampling_sheet
+from train.lora import adapter_tensors, base_tensors, inject
+from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe
 
 PRIOR_SAMPLING = ("sampler", "steps", "eta", "guidance", "best_of", "clamp")  # keys of PriorConfig
 
 
 class Task(nn.Module):
-    """One stage's training. `network` is what is optimised, averaged and saved; `forward(batch)` gives the
-    losses of the batch's samples."""
+    """One stage's training. `network` is what is optimised, averaged and saved, with `train.lora` its
+    adapters alone; `forward(batch)` gives the losses of the batch's samples."""
+
+    network: nn.Module
+    make: Maker
+    prediction: str = ""  # what the network predicts
+    processes: int = 1  # over which a batch is spread
 
     def __init__(self, recipe: Recipe, out: Path, name: str) -> None:
         super().__init__()
         self.recipe, self.out, self.name = recipe, out, name
+        self.settings = recipe.train_of(name)
         self.pictures = open_pictures(recipe.data)
         self.text = TextStore(self.pictures, recipe.text).prepare()
 
-    network: nn.Module
-    make: Maker
-    processes: int = 1  # over which a batch is spread
+    def start(self) -> None:
+        """Give the network the weights it starts from, and adapters. Raises InputError where they do not
+        fit."""
+        if self.settings.init_from is not None:
+            start_from(self.network, self.settings.init_from, self.name, self.prediction)
+        if self.settings.lora is not None:
+            inject(self.network, self.settings.lora, f"{self.name}.train.lora")
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """What config.json holds."""
 
+    def architecture(self) -> dict[str, Any]:
+        """What of the config a training state depends on."""
+        return self.config()
+
     def identity(self) -> dict[str, Any]:
         """What a training state must agree with to be resumed."""
-        return self.config()
+        lora = self.settings.lora
+        return self.architecture() | ({} if lora is None else {"lora": to_dict(lora)})
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor: ...
@@ -58,9 +84,26 @@ class Task(nn.Module):
         """Compile the network in place; parameter names stay."""
         self.network.compile()
 
-    @abstractmethod
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write the component's folder from averaged weights."""
+        """Write the component's folder from averaged weights, or that of its adapter."""
+        if self.settings.lora is None:
+            save_component(self.out / self.name, self.config(), tensors, class_of(self.name))
+        else:
+            self.adapter(tensors).save(self.out / self.name)
+
+    def adapter(self, tensors: dict[str, Tensor]) -> Adapter:
+        lora, base = self.settings.lora, self.settings.init_from
+        assert lora is not None and base is not None
+        config = AdapterConfig(component=self.name, base=base, rank=lora.rank, alpha=lora.alpha)
+        return Adapter(config, adapter_tensors(tensors))
+
+    def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of the plain network out of those in training."""
+        if self.settings.lora is None:
+            return tensors
+        weights = {name: tensor.clone() for name, tensor in base_tensors(tensors).items()}
+        self.adapter(tensors).merge(weights)
+        return weights
 
     def grid(self, tensors: dict[str, Tensor]) -> Image.Image | None:
         """A picture that shows how far the averaged weights are; None where there is nothing to see."""
@@ -70,20 +113,22 @@ class Task(nn.Module):
 class ClipTask(Task):
     def __init__(self, recipe: Recipe, out: Path) -> None:
         super().__init__(recipe, out, "clip")
-        cfg = recipe.clip.model
-        check_width("clip.model.text_dim", cfg.text_dim, self.text.dims, cfg.text_sequence)
-        self.network = CLIP(cfg)
+        part = recipe.of("clip")
+        assert isinstance(part, ClipRecipe)
+        self.cfg = part.model
+        check_width("clip.model.text_dim", self.cfg.text_dim, self.text.dims, self.cfg.text_sequence)
+        self.network = CLIP(self.cfg)
         self.network.build_vision()
         self.make = ClipMaker(recipe, self.pictures, self.text)
 
     def config(self) -> dict[str, Any]:
-        return to_dict(self.recipe.clip.model)
+        return to_dict(self.cfg)
 
     def forward(self, batch: Batch) -> Tensor:
         """One number for the whole batch, in which every caption is held against every picture."""
         text = text_of(batch)
         assert text is not None
-        if self.processes > 1:
+        if self.training and self.processes > 1:
             return self._global_loss(batch["x"], text, batch["group"])[None]
         return self.network(batch["x"], text, batch["group"])[None]
 
@@ -97,9 +142,6 @@ class ClipTask(Task):
             gather(part) for part in (network.encode_image(images), network.encode_text(text), group)
         )
         return contrastive_loss(image, caption, scale, groups)
-
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        save_component(self.out / "clip", self.config(), tensors, "CLIP")
 
 
 class _Gather(torch.autograd.Function):
@@ -127,17 +169,19 @@ def gather(rows: Tensor) -> Tensor:
 
 
 class PriorTask(Task):
-    def __init__(self, recipe: Recipe, out: Path, planning: bool) -> None:
+    def __init__(self, recipe: Recipe, out: Path) -> None:
         super().__init__(recipe, out, "prior")
-        cfg = recipe.prior.model
+        part = recipe.of("prior")
+        assert isinstance(part, PriorRecipe)
+        self.cfg = cfg = part.model
         check_width("prior.model.text_dim", cfg.text_dim, self.text.dims, cfg.text_sequence)
         if cfg.text_length < self.text.max_length:
             expected = f"at least the text encoder's {self.text.max_length} tokens"
             raise InputError(f"prior.model.text_length {cfg.text_length}: expected {expected}")
-        self.clip = CLIP(recipe.clip.model) if planning else load_clip(out)
-        images = open_images(recipe, out, self.pictures, planning)
+        self.clip, self.prediction = load_clip(recipe, out), cfg.prediction
+        images = open_images(recipe, out, self.pictures)
         self.network = DiffusionPrior(cfg)
-        if not planning:
+        if self.settings.init_from is None:  # else it goes on with those it knows
             self.network.fit_statistics(images.sample())
         self.make = PriorMaker(recipe, self.pictures, self.text, images)
 
@@ -147,9 +191,9 @@ class PriorTask(Task):
         return self
 
     def config(self) -> dict[str, Any]:
-        return to_dict(self.recipe.prior.model)
+        return to_dict(self.cfg)
 
-    def identity(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         """All but the sampling settings, which may change between sessions."""
         return {name: value for name, value in self.config().items() if name not in PRIOR_SAMPLING}
 
@@ -161,29 +205,30 @@ class PriorTask(Task):
         keep = batch["keep_text"][:, 0]  # tokens and CLIP embedding go together (unCLIP 2.2)
         return self.network(batch["image_embed"], text, keep, batch["t"], batch["noise"])
 
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        save_component(self.out / "prior", self.config(), tensors, "DiffusionPrior")
-
 
 class StageTask(Task):
-    def __init__(self, recipe: Recipe, out: Path, name: str, planning: bool) -> None:
+    def __init__(self, recipe: Recipe, out: Path, name: str) -> None:
         super().__init__(recipe, out, name)
         part = recipe.of(name)
         assert isinstance(part, StageRecipe)
-        self.cfg = part.stage
+        self.cfg, self.prediction = part.stage, part.stage.diffusion.prediction
         dims = self.cfg.unet.text_dims
         if dims and dims != self.text.dims:
             found, expected = list(dims), list(self.text.dims)
             raise InputError(f"{name}.stage.unet.text_dims {found}: expected the text encoder's {expected}")
+        if bool(self.cfg.unet.guess_width) != bool(self.settings.guess_batch):
+            found = f"{name}.train.guess_batch {self.settings.guess_batch}"
+            expected = "0" if self.settings.guess_batch else f"a multiple of batch, {self.settings.batch}"
+            raise InputError(f"{found}: expected {expected}, for guess_width {self.cfg.unet.guess_width}")
         self.stage = Stage(self.cfg)
         self.network = self.stage.unet
-        images = open_images(recipe, out, self.pictures, planning) if self.cfg.unet.image_embed_dim else None
+        images = open_images(recipe, out, self.pictures) if self.cfg.unet.image_embed_dim else None
         self.make = StageMaker(recipe, name, self.pictures, self.text, images)
 
     def config(self) -> dict[str, Any]:
         return to_dict(self.cfg)
 
-    def identity(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         """The network and what it predicts; weighting and sampling settings may change between sessions."""
         return {"unet": to_dict(self.cfg.unet), "prediction": self.cfg.diffusion.prediction}
 
@@ -200,52 +245,41 @@ class StageTask(Task):
                 weight = (variance / (variance + residual_variance(level, augment))).float()  # B
         cond = conditioning_of(batch, lowres)
         logsnr = self.stage.schedule.logsnr(batch["t"]).float()
-        return weight * diffusion_loss(self.stage.denoiser, x, cond, logsnr, batch["noise"])
+        losses = weight * diffusion_loss(self.stage.denoiser, x, cond, logsnr, batch["noise"])
+        if not (part := guess_part(batch)):
+            return losses
+        guessed = self._guess_loss(part)
+        return losses + (guessed - guessed.detach())  # its gradient; what is reported stays diffusion's loss
 
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        save_component(self.out / self.name, self.config(), tensors, "Stage")
+    def _guess_loss(self, batch: Batch) -> Tensor:
+        """Squared error of the guess of x_0, one number."""
+        assert self.stage.unet.guess is not None
+        guess = self.stage.unet.guess(conditioning_of(batch, None), len(batch["x"]))
+        return (guess.float() - batch["x"]).square().mean()
 
     def grid(self, tensors: dict[str, Tensor]) -> Image.Image:
+        """The recipe's prompts, or what becomes of low-resolution pictures."""
         stage = Stage(self.cfg)
-        stage.unet.load_state_dict(tensors)
-        stage = stage.eval().to(next(self.network.parameters()).device, torch.bfloat16)
+        stage.unet.load_state_dict(self.merged(tensors))
+        device = next(self.network.parameters()).device
+        stage, encoder = stage.eval().to(device, torch.bfloat16), self.text.encoder
         if self.cfg.lowres_px is None:
-            return self._prompts(stage)
-        return self._heldout(stage)
-
-    def _prompts(self, stage: Stage) -> Image.Image:
-        """The recipe's prompts at fixed seeds, through the prior where it is trained, else with CLIP text
-        embeddings."""
-        prompts = list(self.recipe.grid_prompts)
-        text = load_text_encoder(self.recipe.text)(prompts)
-        embed = None
-        if self.cfg.unet.image_embed_dim:
-            text = type(text)(text.sequences, load_clip(self.out).encode_text(text))
-            prior = load_prior(self.out)
-            embed = text.pooled if prior is None else prior.sample(text, seed=0)
-        return tile(stage.sample(text, image_embed=embed, seed=0, micro_batch=8), 8)
-
-    def _heldout(self, stage: Stage) -> Image.Image:
-        """Held-out pictures (if any: else training pictures), a row each: the upsampled input, the output,
-        the original."""
-        pool = self.pictures.heldout if len(self.pictures.heldout) else self.pictures.train
-        chosen, side = [int(i) for i in pool[:: max(1, len(pool) // 4)][:4]], self.cfg.image_px
-        real = from_uint8(torch.stack([self.pictures.resized(i, side) for i in chosen]))  # B 3 H W
-        lowres = downsample(real, self.cfg.lowres_px or side)
-        captions = [self.pictures.captions(i)[0] for i in chosen]
-        text = self.text(captions) if self.cfg.unet.text_dims else None
-        out = stage.sample(text, lowres=lowres, seed=0)
-        up = torch.nn.functional.interpolate(lowres, (side, side), mode="nearest")
-        return tile(torch.stack([up, out, real], dim=1).flatten(0, 1), 3)
+            return prompt_sheet(stage, self.recipe, self.out, encoder)
+        return upsampling_sheet(stage, self.recipe, self.out, encoder, self.pictures)
 
 
-def make_task(recipe: Recipe, out: Path, name: str, planning: bool = False) -> Task:
-    """The training of one stage. planning: for a look at its size, which needs no trained CLIP."""
+def make_task(recipe: Recipe, out: Path, name: str) -> Task:
+    """The training of one stage. Raises InputError where the recipe, the data or the stages trained so far
+    do not allow it."""
+    task: Task
     if name == "clip":
-        return ClipTask(recipe, out)
-    if name == "prior":
-        return PriorTask(recipe, out, planning)
-    return StageTask(recipe, out, name, planning)
+        task = ClipTask(recipe, out)
+    elif name == "prior":
+        task = PriorTask(recipe, out)
+    else:
+        task = StageTask(recipe, out, name)
+    task.start()
+    return task
 
 
 def check_width(key: str, width: int, dims: tuple[int, ...], sequence: int) -> None:
@@ -253,63 +287,3 @@ def check_width(key: str, width: int, dims: tuple[int, ...], sequence: int) -> N
     if sequence >= len(dims) or dims[sequence] != width:
         expected = f"one of the text encoder's {list(dims)}, by text_sequence"
         raise InputError(f"{key} {width}, text_sequence {sequence}: expected {expected}")
-
-
-def load_clip(out: Path) -> CLIP:
-    """The trained CLIP of this run, frozen."""
-    if not (out / "clip").is_dir():
-        raise InputError(f"no trained clip in {out}: train --stage clip first")
-    part = load_component(out / "clip", "CLIP")
-    clip = CLIP(from_dict(ClipConfig, part.config))
-    load_tensors(clip, part.tensors, out / "clip")
-    return clip.eval().requires_grad_(False)
-
-
-def load_prior(out: Path) -> DiffusionPrior | None:
-    if not (out / "prior").is_dir():
-        return None
-    part = load_component(out / "prior", "DiffusionPrior")
-    prior = DiffusionPrior(from_dict(PriorConfig, part.config))
-    load_tensors(prior, part.tensors, out / "prior")
-    return prior.eval().requires_grad_(False)
-
-
-def open_images(recipe: Recipe, out: Path, pictures: PictureSet, planning: bool = False) -> ImageStore:
-    """CLIP image embeddings of the pictures, by the CLIP of this run; when `planning`, by an untrained one.
-    Those of a small set are written now, where that has not been done."""
-    assert recipe.clip is not None
-    if planning:
-        return ImageStore(pictures, CLIP(recipe.clip.model), {"planning": True})
-    clip = load_clip(out)
-    about = {"config": to_dict(clip.config), "sha256": sha256(out / "clip" / WEIGHTS)}
-    return ImageStore(pictures, clip, about).prepare()
-
-
-def assemble(recipe: Recipe, out: Path) -> Path:
-    """The model folder of all stages that are trained, in bf16. Raises InputError where there is none."""
-    stages = []
-    for name in ("base", "sr256", "sr1024"):
-        if (out / name).is_dir():
-            part = recipe.of(name)
-            assert isinstance(part, StageRecipe)
-            component = load_component(out / name, "Stage")
-            stage = Stage(part.stage)  # sampling defaults are the recipe's of today
-            load_tensors(stage.unet, component.tensors, out / name)
-            stages.append(stage)
-    if not stages:
-        raise InputError(f"no trained stage in {out}: train --stage base first")
-    prior, clip = load_prior(out), load_clip(out)
-    model = Cascade(stages, load_text_encoder(recipe.text), prior, clip, recipe.name)
-    folder = out / "model"
-    model.save_pretrained(folder, dtype=torch.bfloat16)
-    return folder
-
-
-def tile(x: Tensor, columns: int) -> Image.Image:
-    """B 3 H W to one picture, row by row, 2 px of grey between."""
-    b, _, height, width = x.shape
-    rows = -(-b // columns)
-    sheet = Image.new("RGB", (columns * (width + 2), rows * (height + 2)), "grey")
-    for i, picture in enumerate(to_pil(x)):
-        sheet.paste(picture, ((i % columns) * (width + 2), (i // columns) * (height + 2)))
-    return sheet

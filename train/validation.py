@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -53,6 +53,7 @@ class Validation:
         self.pictures = heldout[spread]
         self.chunk = len(self.pictures) if contrastive else CHUNK
         self._make = copy(task.make)
+        self._make.train = replace(task.make.train, guess_batch=0)  # what a guess learns from is no sample
         self._make.reader = Reader(task.pictures, Held(self.pictures))
 
     def __bool__(self) -> bool:

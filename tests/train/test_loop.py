@@ -76,7 +76,7 @@ def test_every_stage_trains_and_writes_its_component(trained: Path, stage: str) 
     states = ["state-0000000016", "state-0000000024"]
     grids = [] if stage in ("clip", "prior") else ["grid-0000000024.png"]
     assert names(trained / f"{stage}-training") == sorted(
-        [*states, *grids, "log.jsonl", "recipe.yaml", "version.txt"]
+        [*states, *grids, "events.jsonl", "log.jsonl", "recipe.yaml", "version.txt"]
     )
 
 
@@ -195,7 +195,7 @@ def test_a_dry_run_prints_every_plan_and_writes_nothing(
 def test_a_smoke_run_makes_one_step_one_grid_and_one_save(recipe_file: Path, tmp_path: Path) -> None:
     assert main([str(recipe_file), "--smoke", "--stage", "sr1024", "--out", str(tmp_path)]) == 0
     assert names(tmp_path / "sr1024-training") == [
-        "grid-0000000008.png", "log.jsonl", "recipe.yaml", "state-0000000008", "version.txt",
+        "events.jsonl", "grid-0000000008.png", "log.jsonl", "recipe.yaml", "state-0000000008", "version.txt",
     ]  # fmt: skip
     assert (tmp_path / "sr1024" / "config.json").exists()
 
@@ -290,9 +290,9 @@ def test_a_batch_must_divide_by_the_processes(
 
 LAUNCHED = """
 import sys
-import cascade.pipeline, train.data, train.tasks
+import train.components, train.encoded
 from tests.conftest import ToyEncoder
-for module in (train.data, train.tasks, cascade.pipeline):
+for module in (train.components, train.encoded):
     module.load_text_encoder = lambda *_, **__: ToyEncoder()
 from train.recipe import load_recipe
 from train.loop import fit

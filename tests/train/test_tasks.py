@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from cascade import Cascade
 from cascade.augment import condition_lowres, residual_base, residual_variance
 from cascade.checkpoint import load_component
 from cascade.errors import InputError
-from cascade.images import from_pil
 from cascade.text.pair import PairEncoder
 from tests.conftest import EMBED, ToyEncoder
-from tests.train.conftest import make_records, write_data
+from train.batches import guess_part
+from train.components import assemble, load_clip, open_images
 from train.data import open_pictures
 from train.recipe import Recipe
-from train.tasks import PriorTask, StageTask, assemble, load_clip, make_task, open_images, tile
+from train.tasks import PriorTask, StageTask, make_task
 
 Tiny = Callable[..., Recipe]
 
@@ -67,7 +66,7 @@ def test_nothing_to_assemble(tiny: Tiny, tmp_path: Path) -> None:
 def test_embeddings_of_every_picture_are_those_of_the_trained_clip(
     trained: Path, tiny: Tiny, pictures
 ) -> None:
-    images, clip = open_images(tiny(), trained, pictures), load_clip(trained)
+    images, clip = open_images(tiny(), trained, pictures), load_clip(tiny(), trained)
     x = torch.stack([pictures.resized(i, 16) for i in range(14)]).float() / 127.5 - 1
     expected = clip.encode_image(x)
     assert torch.allclose(torch.stack([images(i) for i in range(14)]), expected, atol=1e-5)
@@ -78,7 +77,6 @@ def test_embeddings_of_every_picture_are_those_of_the_trained_clip(
 def test_later_stages_ask_for_the_clip_first(tiny: Tiny, tmp_path: Path, stage: str) -> None:
     with pytest.raises(InputError, match="train --stage clip first"):
         make_task(tiny(), tmp_path, stage)
-    assert forward(make_task(tiny(), tmp_path, stage, planning=True)).shape == (4,)
 
 
 def test_each_choice_of_pictures_has_embeddings_of_its_own(tiny: Tiny, trained: Path, pictures) -> None:
@@ -180,35 +178,6 @@ def test_the_clip_and_the_prior_have_no_grid(tiny: Tiny, trained: Path) -> None:
         assert task.grid(task.network.state_dict()) is None
 
 
-def test_grids_show_prompts_or_input_output_and_original(tiny: Tiny, trained: Path, pictures) -> None:
-    base = make_task(tiny(), trained, "base")
-    sheet = base.grid(base.network.state_dict())
-    assert sheet is not None and sheet.size == (8 * 18, 18)
-    assert sheet.tobytes() == base.grid(base.network.state_dict()).tobytes()  # type: ignore[union-attr]
-    sr = make_task(tiny(), trained, "sr256")
-    sheet = sr.grid(sr.network.state_dict())
-    assert sheet is not None and sheet.size == (3 * 34, 2 * 34)  # two held-out pictures
-    original = from_pil(sheet.crop((68, 0, 100, 32)))
-    assert torch.allclose(original, pictures.resized(pictures.heldout[0], 32).float() / 127.5 - 1)
-
-
-def test_without_held_out_pictures_the_grid_shows_training_pictures(
-    tiny: Tiny, trained: Path, tmp_path: Path
-) -> None:
-    write_data(tmp_path, [r | {"split": "train"} for r in make_records()[:3]])
-    task = make_task(tiny(f"data.folder={tmp_path}", "data.styles=[noto]"), trained, "sr256")
-    sheet = task.grid(task.network.state_dict())
-    assert sheet is not None and sheet.size == (3 * 34, 3 * 34)
-
-
-def test_tile() -> None:
-    x = torch.stack([torch.full((3, 4, 6), v) for v in (-1.0, 0.0, 1.0)])
-    sheet = tile(x, 2)
-    assert sheet.size == (2 * 8, 2 * 6)
-    assert [sheet.getpixel(place) for place in ((0, 0), (8, 0), (0, 6))] == [(v,) * 3 for v in (0, 128, 255)]
-    assert isinstance(sheet, Image.Image)
-
-
 def test_identity_is_what_a_state_depends_on(tiny: Tiny, trained: Path) -> None:
     def identity(stage: str, *settings: str) -> dict:
         return make_task(tiny(*settings), trained, stage).identity()
@@ -219,3 +188,46 @@ def test_identity_is_what_a_state_depends_on(tiny: Tiny, trained: Path) -> None:
     assert identity("base") != identity("base", "base.stage.diffusion.prediction=eps")
     assert identity("prior") == identity("prior", "prior.model.steps=9", "prior.model.best_of=1")
     assert identity("prior") != identity("prior", "prior.model.heads=1")
+
+
+GUESS = ["base.stage.unet.position_grid=16", "base.stage.unet.guess_width=8", "base.train.guess_batch=16"]
+
+
+def test_a_guess_learns_from_pictures_of_its_own_and_the_reported_loss_stays(
+    tiny: Tiny, trained: Path
+) -> None:
+    plain, task = (make_task(tiny(*s), trained, "base") for s in (GUESS, GUESS))
+    assert isinstance(task, StageTask) and task.stage.unet.guess is not None
+    plain.load_state_dict(task.state_dict())
+    batch = task.make([0, 1, 2, 3], [0, 1, 2, 3])
+    assert len(batch["x"]) == 4 and len(batch["guess_x"]) == len(batch["guess_image_embed"]) == 8
+    own = {name: x for name, x in batch.items() if not name.startswith("guess_")}
+    losses = task(batch)
+    assert torch.equal(losses, plain(own))
+    losses.mean().backward()
+    guess = task.stage.unet.guess
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in guess.hidden.parameters())
+    assert all(p.grad is None for p in plain.stage.unet.guess.parameters())
+
+
+def test_a_guess_nears_its_pictures(tiny: Tiny, trained: Path) -> None:
+    task = make_task(tiny(*GUESS), trained, "base")
+    assert isinstance(task, StageTask) and task.stage.unet.guess is not None
+    guess, part = task.stage.unet.guess, guess_part(task.make([0, 1, 2, 3], [0, 1, 2, 3]))
+    optimizer = torch.optim.Adam(guess.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(60):
+        errors.append(task._guess_loss(part))
+        optimizer.zero_grad()
+        errors[-1].backward()
+        optimizer.step()
+    assert errors[-1] < 0.3 * errors[0]
+
+
+@pytest.mark.parametrize(("width", "batch"), [(0, 16), (8, 0)])
+def test_a_guess_without_pictures_or_pictures_without_a_guess(
+    tiny: Tiny, trained: Path, width: int, batch: int
+) -> None:
+    settings = [f"base.stage.unet.guess_width={width}", f"base.train.guess_batch={batch}"]
+    with pytest.raises(InputError, match=f"base.train.guess_batch {batch}: expected .*guess_width {width}"):
+        make_task(tiny(GUESS[0], *settings), trained, "base")

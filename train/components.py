@@ -1,0 +1,138 @@
+"""The trained components of a run, and the weights that a stage starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cascade import Cascade, Stage, adapter
+from cascade.checkpoint import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Component,
+    load_component,
+    load_tensors,
+    read_index,
+    resolve_source,
+    sha256,
+)
+from cascade.config import from_dict, to_dict
+from cascade.errors import InputError, unknown
+from cascade.text import load_text_encoder
+from prior.clip import CLIP, ClipConfig
+from prior.diffusion import DiffusionPrior, PriorConfig
+from prior.pretrained_clip import OpenCLIP
+from train.data import PictureSet
+from train.encoded import ImageStore
+from train.recipe import Recipe
+
+CLASSES = {"clip": "CLIP", "prior": "DiffusionPrior"}  # of the other stages: Stage
+
+
+def class_of(name: str) -> str:
+    return CLASSES.get(name, "Stage")
+
+
+def trained(out: Path, name: str) -> bool:
+    return (out / name).is_dir()
+
+
+def read_component(folder: Path, name: str) -> Component:
+    """The component `name` in its folder; an adapter comes merged into the weights it adapts. Raises
+    InputError where the folder holds something else."""
+    part = load_component(folder)
+    if part.class_name == adapter.CLASS:
+        lora = adapter.load_adapter(folder)
+        part = read_component(component_folder(lora.config.base, name), name)
+        weights = {key: tensor.float() for key, tensor in part.tensors.items()}
+        lora.merge(weights)
+        return Component(part.class_name, part.config, weights)
+    if part.class_name != class_of(name):
+        raise InputError(f"{folder / CONFIG}: expected class {class_of(name)}, found {part.class_name!r}")
+    return part
+
+
+def component_folder(source: str, name: str) -> Path:
+    """Where `source`, a model's folder or hub id or a component's folder, has the component `name`."""
+    folder = resolve_source(source)
+    if not (folder / INDEX).is_file():
+        return folder
+    components = read_index(folder).components
+    if name not in components:
+        raise unknown("component", name, components, where=str(folder))
+    return folder / name
+
+
+def start_from(network: nn.Module, source: str, name: str, prediction: str) -> None:
+    """Load the weights of another model's component. Raises InputError, and loads nothing, where they are of
+    other shapes or of a network that predicts something else."""
+    folder = component_folder(source, name)
+    part = read_component(folder, name)
+    found = part.config.get("diffusion", part.config).get("prediction", prediction)
+    if found != prediction:
+        where = f"{name}.train.init_from: {folder}"
+        raise InputError(f"{where} predicts {found!r}: expected {prediction!r}, as in the recipe")
+    try:
+        load_tensors(network, part.tensors, folder)
+    except InputError as error:
+        raise InputError(f"{name}.train.init_from: {error}: expected the network of the recipe") from None
+
+
+def load_clip(recipe: Recipe, out: Path) -> CLIP | OpenCLIP:
+    """The CLIP of this run, trained or pretrained, frozen."""
+    if recipe.clip is None:
+        raise InputError(f"recipe {recipe.name} has no clip")
+    if recipe.clip.pretrained is not None:
+        return OpenCLIP(recipe.clip.pretrained).eval().requires_grad_(False)
+    if not trained(out, "clip"):
+        raise InputError(f"no trained clip in {out}: train --stage clip first")
+    part = read_component(out / "clip", "clip")
+    clip = CLIP(from_dict(ClipConfig, part.config))
+    load_tensors(clip, part.tensors, out / "clip")
+    return clip.eval().requires_grad_(False)
+
+
+def load_prior(out: Path) -> DiffusionPrior | None:
+    if not trained(out, "prior"):
+        return None
+    part = read_component(out / "prior", "prior")
+    prior = DiffusionPrior(from_dict(PriorConfig, part.config))
+    load_tensors(prior, part.tensors, out / "prior")
+    return prior.eval().requires_grad_(False)
+
+
+def load_stage(recipe: Recipe, out: Path, name: str) -> Stage:
+    """A trained stage of this run; its sampling defaults are the recipe's of today."""
+    stage = Stage(recipe.pictures[name].stage)
+    load_tensors(stage.unet, read_component(out / name, name).tensors, out / name)
+    return stage.eval()
+
+
+def open_images(recipe: Recipe, out: Path, pictures: PictureSet) -> ImageStore:
+    """CLIP image embeddings of the pictures, by the CLIP of this run. Those of a small set are written now,
+    where that has not been done."""
+    return clip_store(recipe, out, pictures).prepare()
+
+
+def clip_store(recipe: Recipe, out: Path, pictures: PictureSet) -> ImageStore:
+    """What the CLIP of this run says of the pictures, as far as it is written."""
+    clip = load_clip(recipe, out)
+    about = to_dict(clip.config)
+    if isinstance(clip, CLIP):
+        about = {"config": about, "sha256": sha256(out / "clip" / WEIGHTS)}
+    return ImageStore(pictures, clip, about)
+
+
+def assemble(recipe: Recipe, out: Path) -> Path:
+    """The model folder of all stages that are trained, in bf16. Raises InputError where there is none."""
+    stages = [load_stage(recipe, out, name) for name in recipe.pictures if trained(out, name)]
+    if not stages:
+        raise InputError(f"no trained stage in {out}: train --stage base first")
+    clip = None if recipe.clip is None else load_clip(recipe, out)
+    model = Cascade(stages, load_text_encoder(recipe.text), load_prior(out), clip, recipe.name)
+    folder = out / "model"
+    model.save_pretrained(folder, dtype=torch.bfloat16)
+    return folder
