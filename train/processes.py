@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import distributed
 from torch.utils.data import Dataset
 
@@ -45,10 +46,20 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
             gradient_accumulation_steps=cfg.accumulate,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.device.type == "cpu":
+            _shard_on_cpu(accelerator)
     except (ValueError, ImportError) as error:
         raise InputError(f"launch settings: {str(error).strip().splitlines()[0]}") from None
     _check(accelerator, cfg, stage)
     return accelerator
+
+
+def _shard_on_cpu(accelerator: Accelerator) -> None:
+    """Accelerate shards over GPUs alone, though torch does over CPU processes as well: for trials and tests."""
+    state = accelerator.state
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
 
 
 def _check(accelerator: Accelerator, cfg: TrainConfig, stage: str) -> None:
