@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def write_report(run: Run, report: dict[str, Any], *, out: Path | None = None, p
         raise InputError(
             f"report {out}: expected a name that ends in .html, as in {out.with_suffix('.html')}"
         )
+    report = json.loads(json.dumps(report, sort_keys=True))  # in the order of report.json, read or not
     path = run.folder / HTML if out is None else out
     tally = run.folder / TALLY
     people = read_mapping(tally) if tally.is_file() else None

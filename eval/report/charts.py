@@ -205,7 +205,7 @@ def _plane(over: str, x_title: str, y_title: str, sweeps: list[dict[str, Any]]) 
         for sweep in sweeps
         for p in sweep["points"]
     )
-    return Plane(f"{y_title} over {x_title}, by {over}", x_title, y_title, curves, rows, x.ticks(), y.ticks())
+    return Plane(f"By {over}", x_title, y_title, curves, rows, x.ticks(), y.ticks())
 
 
 def _axis(point: dict[str, Any], axis: str) -> list[float]:

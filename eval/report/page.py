@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +62,9 @@ class MetricView:
 @dataclass(frozen=True)
 class TableView:
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: tuple[bool, ...]
-    note: str = ""
+    columns: tuple[tuple[str, bool], ...]  # name, and whether it holds measured values
+    rows: tuple[tuple[tuple[str, str], ...], ...]  # value and interval
+    note: str
 
 
 def render(
@@ -75,7 +73,8 @@ def render(
     gallery = Gallery(run, px)
     every = headlines(report, [s["id"] for s in report["settings"]])
     first = gallery.settings[0]
-    titles = {name: entry["title"] for name, entry in (report["metrics"] | report["sets"]).items()}
+    measures = report["metrics"] | report["sets"]
+    titles = {name: f"{entry['title']} ({better(entry)})" for name, entry in measures.items()}
     return environment().get_template("report.html").render(
         run=run,
         report=report,
@@ -167,32 +166,24 @@ def metric_view(name: str, metric: dict[str, Any], gallery: Gallery, report: dic
 
 
 def table_view(entry: dict[str, Any]) -> TableView:
-    """Rows of plain values. A value NAME with NAME_low and NAME_high beside it (or mean with low and high) is
-    one column."""
+    """Rows of plain values, measured ones last. NAME_low and NAME_high belong to NAME and are shown with it."""
     rows = entry["rows"]
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    shown = [key for key in keys if not _is_end(key, keys)]
+    ends = {f"{key}_{end}" for key in keys for end in ("low", "high")}
+    measured = {key for row in rows for key, value in row.items() if isinstance(value, float)}
+    order = {key: place for place, key in enumerate(("model", "stage", "px"))}
+    shown = sorted(set(keys) - ends, key=lambda key: (key in measured, order.get(key, len(order)), key))
     cells = tuple(tuple(_cell(row, key) for key in shown) for row in rows)
-    numeric = tuple(any(isinstance(row.get(key), int | float) for row in rows) for key in shown)
-    columns = tuple(key.replace("_", " ") for key in shown)
-    return TableView(entry["title"], columns, cells, numeric, entry.get("note", ""))
+    columns = tuple((key.replace("_", " "), key in measured) for key in shown)
+    return TableView(entry["title"], columns, cells, entry.get("note", ""))
 
 
-def _ends(key: str) -> tuple[str, str]:
-    return ("low", "high") if key == "mean" else (f"{key}_low", f"{key}_high")
-
-
-def _is_end(key: str, keys: Sequence[str]) -> bool:
-    return any(key in _ends(other) for other in keys)
-
-
-def _cell(row: dict[str, Any], key: str) -> str:
+def _cell(row: dict[str, Any], key: str) -> tuple[str, str]:
+    """The value and its interval."""
     value = row.get(key)
     if isinstance(value, float):
-        low, high = (row.get(end) for end in _ends(key))
-        text, interval = estimate(value, low, high)
-        return f"{text} ({interval})" if interval else text
-    return "" if value is None else str(value)
+        return estimate(value, row.get(f"{key}_low"), row.get(f"{key}_high"))
+    return "" if value is None else str(value), ""
 
 
 def better(entry: dict[str, Any]) -> str:
@@ -213,18 +204,18 @@ def facts(run: Run, report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for side, model in run.models.items():
         stages = ", ".join(f"{name} {px} px" for name, px in model.stages.items())
-        where = " ".join(filter(None, [model.device, model.dtype]))
-        listed.append((f"Model {side}", f"{model.name} ({model.path}); {stages}{where and '; ' + where}"))
-        listed.append((f"Files of {side}", f"sha256 {model.sha256}"))
-        if model.config:
-            listed.append((f"Defaults of {side}", json.dumps(model.config, ensure_ascii=False)))
-    for setting in run.settings:
-        changes = (
-            json.dumps(setting.overrides, ensure_ascii=False) if setting.overrides else "nothing changed"
+        where = ", ".join(filter(None, [model.device, model.dtype]))
+        listed.append(
+            (f"Model {side}", f"{model.name} ({model.path}); {stages}{where and '; drawn on ' + where}")
         )
-        extra = [f"embedding: {setting.embed}"] * (setting.embed != "prior")
-        extra += [f"low-res input: {setting.lowres}"] * (setting.lowres != "generated")
-        listed.append((f"Setting {setting_name(setting)}", "; ".join([changes, *extra])))
+        listed.append((f"Files of {side}", f"sha256 {model.sha256}"))
+        for name, value in model.config.get("sampling", {}).items():
+            listed.append((f"Defaults of {side}, {name}", _assignments(value)))
+    for setting in run.settings:
+        changes = [_assignments(value, f"{stage}.") for stage, value in setting.overrides.items()]
+        changes += [f"image embedding: {setting.embed}"] * (setting.embed != "prior")
+        changes += [f"low-res input: {setting.lowres}"] * (setting.lowres != "generated")
+        listed.append((f"Setting {setting_name(setting)}", ", ".join(changes) or "nothing changed"))
     listed += [
         ("Pictures", f"{plan.per_prompt} a prompt, seed {plan.seed}, {plan.batch} drawn together"),
         ("Measured stage", report["stage"] or "last"),
@@ -234,6 +225,12 @@ def facts(run: Run, report: dict[str, Any]) -> list[tuple[str, str]]:
             if plan.code == report["code"]
             else f"drawn by {plan.code}, measured by {report['code']}",
         ),
-        *((name.capitalize(), str(value)) for name, value in report.get("environment", {}).items()),
+        ("Measured with", _assignments(report["environment"])),
     ]
+    if report["references"]:
+        listed.append(("References", _assignments(report["references"])))
     return listed
+
+
+def _assignments(values: dict[str, Any], prefix: str = "") -> str:
+    return ", ".join(f"{prefix}{name}={value}" for name, value in values.items())

@@ -15,18 +15,21 @@ Line = dict[str, Any]
 
 def lines(report: dict[str, Any]) -> Iterator[Line]:
     """Every figure of report.json: metrics, differences of two models, and distances of sets."""
+    settings = [setting["id"] for setting in report["settings"]]
     for name, metric in report["metrics"].items():
         for model, by_setting in metric["values"].items():
-            for setting, values in by_setting.items():
-                for category, cell in cells_of(values):
+            for setting in filter(by_setting.__contains__, settings):
+                for category, cell in cells_of(by_setting[setting]):
                     yield _line("metric", name, setting, category, cell, cell["mean"], model)
-        for setting, comparison in metric.get("comparison", {}).items():
-            for category, cell in cells_of(comparison):
+        compared = metric.get("comparison", {})
+        for setting in filter(compared.__contains__, settings):
+            for category, cell in cells_of(compared[setting]):
                 line = _line("A - B", name, setting, category, cell, cell["difference"])
                 yield line | {"p": cell.get("p_holm", cell["p"]), "verdict": cell["verdict"]}
     for name, measure in report["sets"].items():
         for model, by_setting in measure["values"].items():
-            for setting, cell in by_setting.items():
+            for setting in filter(by_setting.__contains__, settings):
+                cell = by_setting[setting]
                 yield _line("set", name, setting, OVERALL, cell, cell["value"], model)
 
 

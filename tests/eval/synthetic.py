@@ -134,6 +134,8 @@ def make_report(run: Run) -> dict[str, Any]:
         "settings": [{"id": setting} for setting in settings],
         "stage": "sr1024",
         "code": "0.0",
+        "environment": {"torch": "0", "device": "cpu"},
+        "references": None,
         "command": run.plan.command,
         "metrics": metrics,
         "sets": {"fid": {"title": "FID", "higher_is_better": False, "values": distances}},

@@ -188,7 +188,7 @@ def test_one_model_without_sweeps_or_sets_has_no_empty_sections(tmp_path: Path) 
     report = make_report(run) | {"sets": {}, "cascade": {}, "warnings": []}
     page = Page(write_report(run, report).read_text())
     headings = page.text
-    for absent in ("Guidance", "The cascade itself", "People", "Read with care", "A − B", "Verdict"):
+    for absent in ("Sweeps", "The cascade itself", "People", "Read with care", "A − B", "Verdict"):
         assert absent not in headings
     sections = {a["id"] for a in page.all("section")}
     assert sections == {"summary", "categories", "pictures", "extremes", "provenance"}
