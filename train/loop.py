@@ -52,7 +52,7 @@ def fit(recipe: Recipe, stage: str, out: Path, *, dry_run: bool = False, smoke: 
         print_plan(console, recipe, stage, accelerator, plan)
         if dry_run:
             return None
-        with together(accelerator):
+        with together(accelerator, stop):
             run = Run(recipe, stage, out, accelerator, console, plan, stop)
             run.train(smoke)
             run.trackers.finish()
@@ -238,7 +238,7 @@ class Run:
             if done or stopped:
                 self.checkpoints.join(needed=True)
             if not stopped:
-                with self.stop.at_once():
+                with self.stop.at_once(), self.clock.paused():
                     self._show(due, component)
         elif done:
             self.skips.check(limit=1)

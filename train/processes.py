@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from cascade.errors import InputError
 from train.recipe import TrainConfig
+from train.signals import Preempted, StopSignal
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # of processes for the one that makes a cache or draws a grid
@@ -42,6 +43,7 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
         raise InputError(f"{stage}.train.precision fp16: expected a GPU; no and bf16 need none")
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU stay strangers
             mixed_precision=cfg.precision,
             gradient_accumulation_steps=cfg.accumulate,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
@@ -55,7 +57,7 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
 
 
 def _shard_on_cpu(accelerator: Accelerator) -> None:
-    """Accelerate shards over GPUs alone, though torch does over CPU processes as well: for trials and tests."""
+    """Accelerate shards over GPUs alone, though torch does over CPU processes as well: for trials, tests."""
     state = accelerator.state
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
     if accelerator.mixed_precision != "no":
@@ -65,6 +67,10 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
 def _check(accelerator: Accelerator, cfg: TrainConfig, stage: str) -> None:
     where, world = f"{stage}.train", accelerator.num_processes
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError(
+            "launch settings: DeepSpeed: expected FSDP2, which shards the same (train/launch/fsdp2.yaml)"
+        )
     if accelerator.gradient_accumulation_steps != cfg.accumulate:
         found = f"gradient_accumulation_steps {accelerator.gradient_accumulation_steps} of the launch"
         raise InputError(f"{found}: expected {where}.accumulate, {cfg.accumulate}; set it there alone")
@@ -73,9 +79,7 @@ def _check(accelerator: Accelerator, cfg: TrainConfig, stage: str) -> None:
     if sharded and cfg.precision == "fp16":
         raise InputError(f"{where}.precision fp16: expected bf16 under FSDP")
     if sharded and cfg.optimizer != "adamw":
-        raise InputError(
-            f"{where}.optimizer {cfg.optimizer}: expected adamw under FSDP, which shards its moments"
-        )
+        raise InputError(f"{where}.optimizer {cfg.optimizer}: expected adamw under FSDP")
     if stage == "clip" and cfg.accumulate > 1:
         why = "as every caption is held against every picture of the batch"
         raise InputError(f"{where}.accumulate {cfg.accumulate}: expected 1, {why}")
@@ -119,14 +123,16 @@ def chosen_by_main(accelerator: Accelerator, number: int) -> int:
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """Tell a process that has gone from an error of one's own."""
+def together(accelerator: Accelerator, stop: StopSignal) -> Iterator[None]:
+    """Tell a process that has gone from an error of one's own. After a signal it has gone as it should."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         gone = isinstance(error, distributed.DistError) or "by peer" in str(error)
         if accelerator.num_processes > 1 and gone:
+            if stop.received:
+                raise Preempted from None
             raise Lost(f"rank {accelerator.process_index}: the other processes are gone ({reason})") from None
         raise
 

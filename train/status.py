@@ -55,6 +55,13 @@ class Clock:
             yield
             self._computed += time.perf_counter() - start
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no step's."""
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
     def read(self) -> tuple[float, float, float]:
         """Seconds since the restart; shares of them waited for data, and spent outside computing."""
         if self._events:
