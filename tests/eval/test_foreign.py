@@ -18,17 +18,6 @@ from eval.suites.suite import Prompt, make_suite
 SUITE = make_suite("tiny", "own", [Prompt(text=text) for text in ("an owl", "a jug", "a red jug")])
 
 
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    """accelerate keeps its state for the whole process; other tests want their own."""
-    from accelerate.state import PartialState
-
-    threads = torch.get_num_threads()
-    yield
-    PartialState._reset_state()
-    torch.set_num_threads(threads)
-
-
 def fill(folder: Path, names: list[str], px: int = 24) -> str:
     for number, name in enumerate(names):
         path = folder / name
@@ -106,7 +95,7 @@ def test_a_model_is_known_by_its_files(model_folder) -> None:
     assert other.sha256 != model.sha256
 
 
-def test_a_model_against_pictures(model_folder, tmp_path) -> None:
+def test_a_model_against_pictures(model_folder, own_process_state, tmp_path) -> None:
     """B's pictures stand in every setting of A; the run is found complete when it is taken up again."""
     names = [f"{prompt:04d}-0.png" for prompt in range(3)]
     request = Request(
