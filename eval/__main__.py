@@ -84,6 +84,8 @@ def _evaluate(argv: list[str]) -> int:
 
 def _conclude(run: Run, arguments: argparse.Namespace) -> None:
     """Measure a run and report it."""
+    import torch
+
     from eval.evaluate import processes
     from eval.measure import measure
     from eval.report import write_report
@@ -95,7 +97,7 @@ def _conclude(run: Run, arguments: argparse.Namespace) -> None:
         references=None if references is None else Path(references),
         stage=arguments.stage,
         seed=run.plan.seed,
-        device=str(processes().device),
+        device=torch.device(str(processes().device)).type,  # the same words for one process and many
     )
     print(f"report: {write_report(run, report)}")
 

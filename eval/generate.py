@@ -11,7 +11,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cascade import Cascade
 from cascade.checkpoint import sha256
+from cascade.config import to_dict
 from cascade.errors import InputError
 from cascade.images import save_png, to_pil
 from cascade.pipeline import PRIOR
@@ -29,7 +30,6 @@ from eval.run import (
     RUN,
     Item,
     Key,
-    Model,
     Picture,
     Plan,
     Run,
@@ -44,7 +44,6 @@ from eval.run import (
 )
 
 LOCK = ".lock"
-MADE_AGAIN = ("code", "command")  # fields of a plan that do not decide what its pictures look like
 Drawn = dict[str, tuple[Tensor, Tensor | None]]  # pictures and image embeddings, by what they depend on
 
 
@@ -199,27 +198,33 @@ def _whole(folder: Path, item: Item) -> bool:
 
 
 def _check_same(folder: Path, old: Plan, plan: Plan) -> None:
-    """Raises InputError where the run in `folder` is of another plan."""
-    for field in fields(Plan):
-        was, now = getattr(old, field.name), getattr(plan, field.name)
-        if field.name not in MADE_AGAIN and was != now:
-            what = _differing(field.name, was, now)
-            raise InputError(f"{folder} holds a run of {what}: expected its own command, or another --out")
+    """Raises InputError where the run in `folder` is of pictures that differ from those of `plan`."""
+    was, now = _identity(old), _identity(plan)
+    differing = next((name for name in {**was, **now} if was.get(name) != now.get(name)), None)
+    if differing is not None:
+        what = f"{differing} {was.get(differing, 'absent')}, not {now.get(differing, 'absent')}"
+        raise InputError(f"{folder} holds a run of {what}: expected its own command, or another --out")
 
 
-def _differing(name: str, was: Any, now: Any) -> str:
-    """How a field of a plan differs, in a few words."""
-    if name == "suite":
-        return f"suite {was.name} {was.sha256[:12]}, not {now.name} {now.sha256[:12]}"
-    if name == "models":
-        side = next(key for key in {**was, **now} if was.get(key) != now.get(key))
-        return f"model {side} {_describe(was.get(side))}, not {_describe(now.get(side))}"
-    if name == "settings":
-        return f"settings {' '.join(s.id for s in was)}, not {' '.join(s.id for s in now)}"
-    return f"{name} {was}, not {now}"
-
-
-def _describe(model: Model | None) -> str:
-    if model is None:
-        return "absent"
-    return f"{model.name} {model.sha256[:12]} {model.device} {model.dtype}".strip()
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What decides which pictures a run holds, in words that tell one from another."""
+    models = {
+        f"model {side}": " ".join([m.name, m.sha256[:12], *m.stages, m.device, m.dtype]).strip()
+        for side, m in plan.models.items()
+    }
+    settings = {
+        f"setting {setting.id}": json.dumps(
+            [to_dict(setting.overrides), setting.embed, setting.lowres], sort_keys=True
+        )
+        for setting in plan.settings
+    }
+    real = any(setting.lowres == "real" for setting in plan.settings)
+    return {
+        "suite": f"{plan.suite.name} {plan.suite.sha256[:12]}",
+        **models,
+        **settings,
+        "per-prompt": plan.per_prompt,
+        "seed": plan.seed,
+        "batch": plan.batch,
+        "references": plan.references if real else None,
+    }

@@ -65,6 +65,8 @@ def load_suite(name: str, source: str | None = None, *, count: int | None = None
 
 def first(suite: Suite, count: int) -> Suite:
     """The first `count` prompts of every category, for a look before a long run."""
+    if count < 1:
+        raise InputError(f"limit {count}: expected at least 1 prompt of each category")
     taken: dict[str, int] = {}
     prompts = []
     for prompt in suite.prompts:

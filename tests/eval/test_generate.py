@@ -176,17 +176,33 @@ def test_a_run_of_something_else_is_refused_and_left_as_it_is(whole, tmp_path) -
     before = contents(folder)
     other = replace(plan.models["A"], sha256="1" * 64)
     changes = {
-        "suite tiny [0-9a-f]{12}, not other": dict(suite=make_suite("other", "own", plan.suite.prompts[:2])),
-        "model A tiny 000000000000, not tiny 111111111111": dict(models={"A": other}),
+        "suite tiny [0-9a-f]{12}, not other [0-9a-f]{12}": dict(
+            suite=make_suite("other", "own", plan.suite.prompts[:2])
+        ),
+        "model A tiny 000000000000 base sr256.*, not tiny 111111111111 base sr256": dict(models={"A": other}),
         "model B absent, not tiny": dict(models={"A": plan.models["A"], "B": other}),
-        "settings default sr256.aug_level=0.4, not default": dict(settings=(Setting(),)),
-        "per_prompt 2, not 3": dict(per_prompt=3),
+        "setting sr256.aug_level=0.4 .*, not absent": dict(settings=(Setting(),)),
+        "per-prompt 2, not 3": dict(per_prompt=3),
         "seed 5, not 6": dict(seed=6),
     }
     for message, change in changes.items():
         with pytest.raises(InputError, match=message), run_folder(folder, replace(plan, **change)):
             pass
     assert contents(folder) == before
+
+
+def test_what_does_not_change_a_picture_may_differ(whole, tmp_path) -> None:
+    """Where the model and the list lie, what is measured, infinity as JSON has it."""
+    folder, plan = tmp_path / "run", make_plan()
+    shutil.copytree(whole, folder)
+    moved = replace(plan.models["A"], path="elsewhere/tiny")
+    suite = replace(plan.suite, source="elsewhere.csv")
+    with run_folder(folder, replace(plan, models={"A": moved}, suite=suite, references="real")) as found:
+        assert found.references == "real"
+    endless = make_plan(make_settings(common=["base.threshold_cap=.inf"]))
+    for _ in range(2):
+        with run_folder(tmp_path / "endless", endless):
+            pass
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path) -> None:

@@ -205,6 +205,35 @@ def test_coco_draws_one_caption_a_picture(tmp_path) -> None:
         load_suite("coco", str(path))
 
 
+def test_a_hub_data_set(monkeypatch) -> None:
+    """Class labels by name; a split where there are several; what the hub says when it has none."""
+    import datasets
+
+    labels = datasets.ClassLabel(names=["birds", "things"])
+    features = datasets.Features({"Prompts": datasets.Value("string"), "Category": labels})
+    rows = datasets.Dataset.from_dict(
+        {"Prompts": ["an owl ", "a jug"], "Category": [0, 1]}, features=features
+    )
+    kept = {"owner/one": {"test": rows}, "owner/two": {"train": rows, "test": rows}}
+
+    def load(name: str):
+        if name not in kept:
+            raise ConnectionError("Couldn't reach the hub\nmore")
+        return datasets.DatasetDict(kept[name])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    prompts = load_suite("prompts", "owner/one").prompts
+    assert [(p.text, p.category) for p in prompts] == [("an owl", "birds"), ("a jug", "things")]
+    assert load_suite("prompts", "owner/two:test").prompts == prompts
+    for source, message in {
+        "owner/two": "has splits train, test: expected owner/two:SPLIT",
+        "owner/two:tset": "unknown split 'tset'.*did you mean 'test'",
+        "owner/none": r"no file 'owner/none', .* from the hub \(Couldn't reach the hub\)$",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_suite("prompts", source)
+
+
 # -- any list, and the own ones ------------------------------------------------------------------------------
 
 
@@ -261,4 +290,6 @@ def test_own_suites() -> None:
 def test_a_shorter_look_keeps_every_category() -> None:
     suite = first(load_suite("skills"), 2)
     assert Counter(Counter(p.category for p in suite.prompts).values()) == {2: 11}
+    with pytest.raises(InputError, match="limit 0: expected at least 1"):
+        first(suite, 0)
     assert suite.sha256 != load_suite("skills").sha256 and "first 2 prompts" in suite.warnings[-1]
