@@ -97,13 +97,15 @@ def import_scores(run: Run, path: Path) -> dict[str, Found]:
         found = {name: {row["file"]: float(row[name]) for row in rows} for name in names}
     except (OSError, ValueError, TypeError, LookupError):
         raise InputError(f"{path}: expected CSV of the columns file and one a measure, all numbers") from None
-    measures: dict[str, Found] = {name: {} for name in names}
-    for column, items in _columns(run):
-        files = [name for item in items for name in item.files.values()]
-        if any(file in found[names[0]] for file in files):
-            for name in names:
-                of_item = {i.key: found[name][f] for i in items for f in i.files.values() if f in found[name]}
-                measures[name][column] = _in_order(path, items, of_item, key=lambda item: item.key)
+    measures: dict[str, Found] = {}
+    for name, figures in found.items():
+        for column, items in _columns(run):
+            of_item = {i.key: figures[file] for i in items for file in i.files.values() if file in figures}
+            if of_item:
+                values = _in_order(path, items, of_item, key=lambda item: item.key)
+                measures.setdefault(name, {})[column] = values
+    if not measures:
+        raise InputError(f"{path} names no picture of the run: expected files as {run.items[0].files}")
     return measures
 
 

@@ -51,11 +51,8 @@ def measure(
     the suite names a picture a prompt, those alone. stage: whose pictures, by default the last of each model.
     seed: of everything random in the statistics. Raises InputError, one line, where any of it is not there;
     then report.json is as it was."""
-    own = _own_clip(run)
-    specs = [
-        (name, source or own or "") for name, source in parse(metrics) or _defaults(run, own, references)
-    ]
     stages = {name: run.stage(name, stage) for name in run.models}
+    specs = _specs(run, metrics, references)
     reference = None if references is None else open_reference(run, references)
     measuring = Measuring(run, specs, reference, seed, device)
     scores, sets = measuring.compared_scores(stage), measuring.sets(stage)
@@ -82,11 +79,19 @@ def measure(
     return report
 
 
-def _defaults(run: Run, own_clip: str | None, references: Path | None) -> list[Spec]:
-    """What there is without a download."""
-    words = any(prompt.rendered for prompt in run.suite.prompts) and find_spec("rapidocr") is not None
-    there = {"own-clip": own_clip is not None, "ocr": words, "efficientnet": references is not None}
-    return [(name, "") for name, is_there in there.items() if is_there]
+def _specs(run: Run, metrics: Sequence[str], references: Path | None) -> list[Spec]:
+    """What to measure with: as asked, or what there is without a download; own-clip with its folder."""
+    specs = parse(metrics)
+    own_clip = _own_clip(run) if not specs or ("own-clip", "") in specs else None
+    if not specs:
+        words = any(prompt.rendered for prompt in run.suite.prompts) and find_spec("rapidocr") is not None
+        there = {"own-clip": own_clip is not None, "ocr": words, "efficientnet": references is not None}
+        specs = [(name, "") for name, is_there in there.items() if is_there]
+    elif own_clip is None and ("own-clip", "") in specs:
+        raise InputError(f"metric own-clip: no model of {run.folder} has a CLIP; own-clip=MODEL names one")
+    return [
+        (name, source or own_clip or "") if name == "own-clip" else (name, source) for name, source in specs
+    ]
 
 
 def _own_clip(run: Run) -> str | None:

@@ -138,6 +138,9 @@ class Measuring:
             real = self._real(name, extractor)
             for (model, setting), items in self._columns(stage):
                 rows = self._rows(name, (model, setting), items, stage)
+                if isinstance(real, Moments) and len(real.mean) != rows.shape[1]:
+                    of = f"{self.reference.path} holds statistics of {len(real.mean)} features"
+                    raise InputError(f"{of}: {name} has {rows.shape[1]}")
                 for kind, cell in self._distances(gauge.sets, real, rows, items).items():
                     entry = found.setdefault(
                         set_name(kind, name),

@@ -30,10 +30,10 @@ def gaussian(x: Tensor, y: Tensor) -> Tensor:
 
 def kid(real: Tensor, fake: Tensor, seed: int = 0, subsets: int = 100, size: int = 1000) -> float:
     """Kernel inception distance of N D and M D: the mean of the unbiased estimate over `subsets` draws of
-    `size` rows of each without replacement, fewer where a set is smaller. A function of `seed`."""
-    size = min(size, len(real), len(fake))
-    if size == len(real) == len(fake):  # every draw is the whole
-        subsets = 1
+    `size` rows of each without replacement. Where a set has no more rows than that, the estimate of both sets
+    whole, which the subsets only approximate. A function of `seed`."""
+    if min(len(real), len(fake)) <= size:
+        return kernel_sums(polynomial, real, fake).unbiased()
     total = 0.0
     for number in range(subsets):
         x, y = (
