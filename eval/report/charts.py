@@ -11,7 +11,7 @@ from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 OVERALL = "All prompts"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 320, 58, 24, 16, 46  # of a plane, in its own units
+PLANE = {"width": 400, "height": 280, "left": 44, "right": 380, "top": 10, "bottom": 256}  # its own units
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Row:
     marks: tuple[Mark, ...]
     count: int | None = None
     verdict: str = ""
+    p: str = ""
     note: str = ""
 
 
@@ -105,7 +106,7 @@ def round_steps(low: float, high: float, parts: int) -> list[float]:
 def decimals(size: float, digits: int = 2) -> int:
     """Decimals that show `digits` digits of a number of this size; 0 to 6."""
     if not math.isfinite(size) or size <= 0:
-        return 4
+        return 0
     return min(6, max(0, digits - 1 - math.floor(math.log10(size) + 1e-9)))
 
 
@@ -120,7 +121,7 @@ def estimate(value: float, low: float | None, high: float | None, sign: bool = F
     """The value and "low to high", to two digits of half the interval's width."""
     if low is None or high is None:
         return number(value, decimals(abs(value), 4), sign), ""
-    digits = decimals((high - low) / 2)
+    digits = decimals((high - low) / 2) if high > low else decimals(abs(value), 4)
     return number(value, digits, sign), f"{number(low, digits, sign)} to {number(high, digits, sign)}"
 
 
@@ -168,7 +169,8 @@ def difference_chart(name: str, comparison: dict[str, Any], setting: str, catego
                 _mark(f"{name}/{setting}/difference/{row}", "difference", cells[row], "difference", scale),
             ),
             verdict=cells[row]["verdict"],
-            note=_significance(cells[row]),
+            p=_significance(cells[row]),
+            note=cells[row].get("note", ""),
         )
         for row in [OVERALL, *categories]
         if row in cells
@@ -190,8 +192,8 @@ def planes(sweeps: Sequence[dict[str, Any]], titles: dict[str, str]) -> list[Pla
 
 def _plane(over: str, x_title: str, y_title: str, sweeps: list[dict[str, Any]]) -> Plane:
     points = [point for sweep in sweeps for point in sweep["points"]]
-    x = Scale([v for p in points for v in _axis(p, "x")], LEFT, WIDTH - RIGHT, parts=5)
-    y = Scale([v for p in points for v in _axis(p, "y")], HEIGHT - BOTTOM, TOP)
+    x = Scale([v for p in points for v in _axis(p, "x")], PLANE["left"], PLANE["right"], parts=5)
+    y = Scale([v for p in points for v in _axis(p, "y")], PLANE["bottom"], PLANE["top"])
     curves = {
         sweep["model"]: tuple(
             Point(str(p["label"]), *map(x, _axis(p, "x")[:1]), *map(y, _axis(p, "y")[:1]),

@@ -9,6 +9,7 @@ from typing import Any
 from eval.pages import environment
 from eval.report.charts import (
     OVERALL,
+    PLANE,
     Chart,
     category_chart,
     difference_chart,
@@ -85,6 +86,7 @@ def render(
         sentence=sentence([h for h in every if h.setting == first.id]),
         metrics=[metric_view(name, m, gallery, report) for name, m in report["metrics"].items()],
         planes=planes(report["sweeps"], titles),
+        plane_size=PLANE,
         tables=[table_view(entry) for entry in report["cascade"].values()],
         gallery=gallery,
         studies=gallery.studies(),
@@ -166,7 +168,7 @@ def metric_view(name: str, metric: dict[str, Any], gallery: Gallery, report: dic
 
 
 def table_view(entry: dict[str, Any]) -> TableView:
-    """Rows of plain values, measured ones last. NAME_low and NAME_high belong to NAME and are shown with it."""
+    """Rows of plain values, measured ones last. NAME_low and NAME_high are the interval of NAME."""
     rows = entry["rows"]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     ends = {f"{key}_{end}" for key in keys for end in ("low", "high")}

@@ -262,6 +262,6 @@ def test_numbers_show_two_digits_of_their_uncertainty() -> None:
     assert estimate(31.415, 28.9, 34.1) == ("31.4", "28.9 to 34.1")
     assert estimate(-0.0123, -0.05, 0.03, sign=True) == (f"{MINUS}0.012", f"{MINUS}0.050 to +0.030")
     assert estimate(0.123456, None, None) == ("0.1235", "")
-    assert decimals(0.0) == 4 and decimals(1234.0) == 0
+    assert estimate(0.0, 0.0, 0.0) == ("0", "0 to 0") and decimals(1234.0) == 0
     assert number(-0.0001, 2, sign=True) == "0.00" and number(1234567, 0) == "1,234,567"
     assert (p_value(0.0004), p_value(0.0312)) == ("< 0.001", "0.031")
