@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade import __version__
 from cascade.config import read_mapping
 from cascade.errors import InputError, unknown
-from cascade.pretrained.source import STEMS, few, read_tensors
+from cascade.pretrained.source import LEGACY, STEMS, few, read_tensors, write_tensors
 
 CONFIG = "config.json"
 WEIGHTS = f"{STEMS[0]}.safetensors"
@@ -37,9 +36,11 @@ TEXT_ENCODER = (
 )
 CLASSES = {
     "cascade": ("Stage",),
-    "prior": ("DiffusionPrior", "AutoregressivePrior", "CLIP", "OpenCLIP"),
+    "prior": ("DiffusionPrior", "AutoregressivePrior", "CLIP", "OpenCLIP", "LaionPrior"),
 }
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # the last two are tokenizers' vocabularies
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.yml", "*.yaml", "LICENSE*", "README.md"]
+# txt and model are tokenizers' vocabularies, yml and yaml configurations of original repositories
+LAST = "last."  # prefix of the tensors of a stage's second network, that of its last step
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ModelIndex:
     components: dict[str, tuple[str, str]]
     text_encoder: dict[str, Any] | None = None
     sha256: dict[str, str] = field(default_factory=dict)  # relative path -> hash; empty: nothing to check
+    licence: str | None = None  # of the weights
 
 
 # -- components --------------------------------------------------------------------------------------------
@@ -70,9 +72,7 @@ def save_component(
     complete on disk. `config` is plain data, as `cascade.config.to_dict` makes it."""
     with new_folder(folder) as temporary:
         write_json(temporary / CONFIG, {"_class_name": class_name, **config})
-        # safetensors stores neither channels_last nor memory that two tensors share
-        plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        save_file(plain, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(tensors, temporary / WEIGHTS)
 
 
 def load_component(folder: str | Path, class_name: str | None = None, device: str = "cpu") -> Component:
@@ -116,6 +116,8 @@ def write_index(folder: Path, index: ModelIndex) -> None:
     parts = [*index.components, TEXT_ENCODER]
     files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
     data: dict[str, Any] = {"_class_name": "Cascade", "_cascade_version": __version__}
+    if index.licence is not None:
+        data["_licence"] = index.licence
     data |= {name: list(pair) for name, pair in index.components.items()}
     data[TEXT_ENCODER] = index.text_encoder
     data["sha256"] = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
@@ -145,7 +147,13 @@ def read_index(folder: Path) -> ModelIndex:
         if class_name not in CLASSES[library]:
             raise unknown("class", class_name, CLASSES[library], where=f"{path}: {name}")
         components[name] = (library, class_name)
-    return ModelIndex(components, encoder, {str(k): str(v) for k, v in hashes.items()})
+    licence = data.get("_licence")
+    return ModelIndex(
+        components,
+        encoder,
+        {str(k): str(v) for k, v in hashes.items()},
+        None if licence is None else str(licence),
+    )
 
 
 def verify(folder: Path, index: ModelIndex) -> None:
@@ -171,9 +179,9 @@ def verify(folder: Path, index: ModelIndex) -> None:
                 raise InputError(f"{path} is not listed in {INDEX}: expected a sha256 for it")
 
 
-def resolve_source(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: a folder as it is, a hub id (owner/name) after download of its JSON, safetensors
-    and vocabularies. Raises InputError, one line, when there is neither."""
+def resolve_source(source: str | Path, revision: str | None = None, legacy: bool = False) -> Path:
+    """The folder of a model: a folder as it is, a hub id (owner/name) after download of its configuration,
+    safetensors, vocabularies and, with `legacy`, pickles. Raises InputError where there is none."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -182,7 +190,8 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download  # only a hub id needs it
 
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_FILES))
+        wanted = [*HUB_FILES, *(f"*{ending}" for ending in LEGACY)] if legacy else HUB_FILES
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # offline, unknown id, no access: many classes, one meaning
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"no folder {str(source)!r}, and it cannot be had from the hub ({reason})") from None

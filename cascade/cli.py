@@ -1,4 +1,4 @@
-"""`cascade sample` and `cascade info`. Exit status 0 on success, 2 on bad input with one line on stderr.
+"""`cascade sample`, `info` and `convert`. Exit status 0 on success, 2 on bad input with one line on stderr.
 
 Heavy imports happen inside the commands, so that `cascade --help` answers at once.
 """
@@ -81,9 +81,33 @@ def _parser() -> _Parser:
         help="a sampling setting, as in base.steps=25; may be repeated",
     )
 
+    add(
+        "--offload",
+        action="store_true",
+        help="keep each part on the device only while it works, and the text encoder nowhere after",
+    )
+
     info = commands.add_parser("info", help="show what a model is made of", allow_abbrev=False)
     _add_model(info)
-    for command, run in ((sample, _sample), (info, _info)):
+
+    convert = commands.add_parser(
+        "convert", help="bring public weights into a folder of this project", allow_abbrev=False
+    )
+    add = convert.add_argument
+    add(
+        "places",
+        nargs="+",
+        metavar="SOURCE ... DEST",
+        help="folders, hub ids or SOURCE:PART,PART whose parts become one model; the folder to write",
+    )
+    add("--to", choices=("cascade", "diffusers"), default="cascade", help="layout (default: cascade)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="number format of the stages (default: as they are)",
+    )
+    _add_legacy(convert)
+    for command, run in ((sample, _sample), (info, _info), (convert, _convert)):
         command.set_defaults(
             run=run, options=[flag for flag in command._option_string_actions if flag[:2] == "--"]
         )
@@ -93,6 +117,15 @@ def _parser() -> _Parser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="M", help="a model folder or a hub id owner/name (default: the embedded one)"
+    )
+    _add_legacy(parser)
+
+
+def _add_legacy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-legacy-checkpoint",
+        action="store_true",
+        help="read pickles (.bin, .pt, .ckpt): their tensors alone, which are kept as safetensors",
     )
 
 
@@ -115,7 +148,12 @@ def _sample(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments.set)
     size = _size(arguments.size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = Cascade.from_pretrained(arguments.model, device=device)
+    pipe = Cascade.from_pretrained(
+        arguments.model,
+        device=device,
+        offload=arguments.offload,
+        allow_legacy=arguments.allow_legacy_checkpoint,
+    )
     for name in settings:
         if name not in (PRIOR, *pipe.stages):
             raise unknown("stage", name, (PRIOR, *pipe.stages), where="--set")
@@ -235,32 +273,44 @@ def _slug(prompt: str) -> str:
 
 def _info(arguments: argparse.Namespace) -> int:
     from cascade import checkpoint
-    from cascade.config import StageConfig, from_dict
+    from cascade.describe import describe
+    from cascade.loading import find_model
     from cascade.pipeline import EMBEDDED
+    from cascade.pretrained.model import is_own
 
-    folder = checkpoint.resolve_source(arguments.model or EMBEDDED)
-    index = checkpoint.read_index(folder)
-    checkpoint.verify(folder, index)
-    print(f"model         {folder}")
-    if index.text_encoder is not None:
-        shown = {k: v for k, v in index.text_encoder.items() if isinstance(v, str | int | float)}
-        print(f"text encoder  {', '.join(f'{name} {value}' for name, value in shown.items())}")
-    for name, (library, class_name) in index.components.items():
-        component = checkpoint.load_component(folder / name, class_name)
-        count = sum(tensor.numel() for tensor in component.tensors.values())
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in component.tensors.values()})
-        line = f"{name:<13} {class_name}, {count / 1e6:.1f}M parameters in {' and '.join(dtypes)}"
-        if library == "cascade":
-            config = from_dict(StageConfig, component.config, where=name)
-            source = f"{config.lowres_px} px" if config.lowres_px else "noise"
-            s = config.sampling
-            line += (
-                f", {source} -> {config.image_px} px, {s.sampler} {s.steps} steps, guidance {s.guidance:g}"
-            )
-        print(line)
-    print(
-        "files         verified" if index.sha256 else "files         not verified: the index lists no sha256"
-    )
+    model = find_model(arguments.model or EMBEDDED, allow_legacy=arguments.allow_legacy_checkpoint)
+    for label, text in describe(model):
+        print(f"{label:<13} {text}")
+    hashes = is_own(model.folder) and checkpoint.read_index(model.folder).sha256
+    print("files         verified" if hashes else "files         not verified: the index lists no sha256")
+    return 0
+
+
+# -- cascade convert ---------------------------------------------------------------------------------------
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from cascade.pretrained.convert import convert, open_sources
+    from cascade.pretrained.export import export
+
+    *sources, target = arguments.places
+    if not sources:
+        raise InputError(f"convert {target}: expected SOURCE and DEST, the folder to write")
+    legacy = arguments.allow_legacy_checkpoint
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    model = open_sources(sources, legacy)
+    if model.licence is not None:
+        print(f"licence       {model.licence.name}")
+    if arguments.to == "diffusers":
+        for folder in export(model, Path(target), dtype):
+            print(folder)
+    else:
+        convert(model, Path(target), dtype, legacy)
+        print(target)
+    for need in model.missing:
+        print(f"missing       {need}")
     return 0
 
 

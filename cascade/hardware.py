@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -27,3 +29,28 @@ def place_network(network: M, device: torch.device | str, dtype: torch.dtype) ->
     without gradients and in evaluation mode."""
     network.to(device=device, dtype=dtype)
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+@contextmanager
+def resident(
+    module: nn.Module | None, device: torch.device, peak: dict[str, int], name: str
+) -> Iterator[None]:
+    """`module` on `device` while the block runs, in main memory after it. `peak[name]` becomes the most bytes
+    that the device held meanwhile: measured on CUDA, elsewhere those of the module's tensors."""
+    cuda = device.type == "cuda"
+    if module is not None:
+        module.to(device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield
+    finally:
+        used = torch.cuda.max_memory_allocated(device) if cuda else tensor_bytes(module)
+        peak[name] = max(used, peak.get(name, 0))
+        if module is not None:
+            module.to("cpu")
+
+
+def tensor_bytes(module: nn.Module | None) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return 0 if module is None else sum(t.numel() * t.element_size() for t in module.state_dict().values())

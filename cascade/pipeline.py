@@ -7,11 +7,11 @@ Everything that can be refused is refused before the first network runs. Picture
 from __future__ import annotations
 
 import contextlib
-import importlib
+import logging
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,14 +23,17 @@ from torch import Tensor, nn
 from cascade import checkpoint
 from cascade.adapter import load_adapter
 from cascade.conditioning import TextEmbedding
-from cascade.config import StageConfig, from_dict, to_dict
 from cascade.errors import InputError, unknown
-from cascade.hardware import network_dtype, place_network
+from cascade.fit import check_fit
+from cascade.hardware import network_dtype, place_network, resident
 from cascade.images import to_pil
-from cascade.nn.unet import UNet
+from cascade.loading import build, find_model, read_text_encoder, save_model
+from cascade.pretrained.model import OWN
 from cascade.request import PRIOR, Request, make_request
 from cascade.stage import Stage
-from cascade.text import TextEncoder, load_text_encoder
+from cascade.text import TextEncoder
+
+_log = logging.getLogger("cascade")
 
 EMBEDDED = Path(__file__).parent / "models" / "emoji"
 
@@ -106,15 +109,13 @@ class Cascade:
         ordered = sorted(stages, key=lambda stage: stage.config.image_px)
         self.stages = {stage.config.name: stage for stage in ordered}
         self.text_encoder, self.prior, self.clip, self.name = text_encoder, prior, clip, name
-        if len(self.stages) != len(ordered) or not ordered:
-            raise InputError(f"stages: expected at least one, with different names, got {list(self.stages)}")
-        for stage in ordered:
-            dims = stage.config.unet.text_dims
-            if dims and dims != tuple(text_encoder.dims):
-                raise InputError(
-                    f"stage {stage.config.name} was trained on token widths {list(dims)}, "
-                    f"the text encoder gives {list(text_encoder.dims)}"
-                )
+        self.offload = False
+        self._device = torch.device("cpu")
+        self.peak: dict[str, int] = {}  # bytes on the device while each part worked, of the last call
+        if not ordered and prior is None:
+            raise InputError("stages: expected at least one, or a prior")
+        embed_dim = getattr(getattr(prior, "config", None), "embed_dim", None)
+        check_fit([stage.config for stage in ordered], tuple(text_encoder.dims), embed_dim)
 
     # -- folders -------------------------------------------------------------------------------------------
 
@@ -127,31 +128,29 @@ class Cascade:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         verify: bool = True,
+        offload: bool = False,
+        allow_legacy: bool = False,
     ) -> Cascade:
-        """Load a model: the embedded default, a folder, or a hub id (owner/name, at `revision`).
+        """Load a model: the embedded default, a folder, or a hub id (owner/name, at `revision`). Folders of
+        DeepFloyd IF, Karlo, Kandinsky's prior, GLIDE and the LAION prior are read as they are published.
 
         dtype: of the stages' networks; default bfloat16 where the device is fast at it, else float32.
-        verify: check every file's sha256 (about a second a gigabyte). Raises InputError, one line, when
-        anything is missing, damaged, unexpected or does not fit."""
-        folder = checkpoint.resolve_source(EMBEDDED if source is None else source, revision)
-        index = checkpoint.read_index(folder)
-        if verify:
-            checkpoint.verify(folder, index)
-        if index.text_encoder is None:
-            raise InputError(f"{folder / checkpoint.INDEX}: missing key 'text_encoder'")
-        parts: dict[str, Any] = {
-            name: _build(folder / name, library, class_name)
-            for name, (library, class_name) in index.components.items()
-        }
+        verify: check every file's sha256 (about a second a gigabyte).
+        offload: keep each part in main memory and on `device` only while it works, and drop the text encoder
+            once it has encoded. `peak` then says what each part needed.
+        allow_legacy: read checkpoints that are pickles, of which tensors alone are taken.
+        Raises InputError, one line, when anything is missing, damaged, unexpected or does not fit."""
+        model = find_model(
+            EMBEDDED if source is None else source, revision, verify=verify, allow_legacy=allow_legacy
+        )
+        if model.family != OWN and model.licence is not None:
+            _log.warning("licence of %s: %s", model.folder, model.licence.name)
+        parts: dict[str, Any] = {name: build(part) for name, part in model.parts.items()}
         stages = [part for part in parts.values() if isinstance(part, Stage)]
-        for name, part in parts.items():
-            if isinstance(part, Stage) and part.config.name != name:
-                raise InputError(
-                    f"{folder / name}: expected a stage of that name, found {part.config.name!r}"
-                )
-        encoder = load_text_encoder(index.text_encoder, folder, device)
-        name = folder.name if source is None else str(source)
-        pipe = cls(stages, encoder, parts.get("prior"), parts.get("clip"), name)
+        encoder = read_text_encoder(model.text, "cpu" if offload else device)
+        name = model.folder.name if source is None else str(source)
+        pipe = cls(stages, encoder, parts.get(PRIOR), parts.get("clip"), name)
+        pipe.offload = offload
         return pipe.to(device, dtype or network_dtype(device))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -159,34 +158,18 @@ class Cascade:
 
         A model folder in its place is replaced when the new one is complete; files in it that belong to no
         component (a model card, a text encoder) are kept. Any other non-empty folder is refused."""
-        folder = Path(folder)
-        extras = _extras(folder) if folder.exists() else []
-        components: dict[str, tuple[str, str]] = {}
-        with checkpoint.new_folder(folder) as new:
-            parts = {"clip": self.clip, PRIOR: self.prior, **self.stages}
-            for name, part in parts.items():
-                if not isinstance(part, nn.Module):
-                    continue
-                class_name, module = type(part).__name__, part.unet if isinstance(part, Stage) else part
-                checkpoint.save_component(
-                    new / name, to_dict(part.config), _weights(module, dtype), class_name
-                )
-                components[name] = ("cascade" if isinstance(part, Stage) else "prior", class_name)
-            for path in extras:
-                if path.name not in components:
-                    copy = shutil.copytree if path.is_dir() else shutil.copy2
-                    copy(path, new / path.name)
-            reference = _relative(self.text_encoder.reference(), folder)
-            checkpoint.write_index(new, checkpoint.ModelIndex(components, reference))
+        save_model(Path(folder), self._modules(), self.text_encoder.reference(), dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cascade:
         """Move everything to `device`; `dtype` changes the number format of the stages' networks. The prior
         and the CLIP head stay in float32: they are small, and guidance amplifies their rounding."""
+        self._device = torch.device(device)
+        place = "cpu" if self.offload else device
         for stage in self.stages.values():
-            place_network(stage, device, dtype or stage.dtype)
+            place_network(stage, place, dtype or stage.dtype)
         for module in (self.prior, self.clip):
             if isinstance(module, nn.Module):
-                module.to(device).eval().requires_grad_(False)
+                module.to(place).eval().requires_grad_(False)
         self.text_encoder.to(device)
         return self
 
@@ -194,8 +177,7 @@ class Cascade:
         """Merge the low-rank adapter in `folder` into the component it was trained on, `scale` times; -scale
         takes it away again, up to rounding. Raises InputError, one line, where it does not fit."""
         adapter = load_adapter(folder)
-        parts = {"clip": self.clip, PRIOR: self.prior, **self.stages}
-        parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        parts = self._modules()
         name = adapter.config.component
         if name not in parts:
             raise unknown("component", name, parts, where=f"{folder}")
@@ -205,7 +187,20 @@ class Cascade:
 
     @property
     def device(self) -> torch.device:
+        """Where the parts work."""
+        if self.offload or not self.stages:
+            return self._device
         return next(iter(self.stages.values())).device
+
+    def _modules(self) -> dict[str, nn.Module]:
+        parts = {"clip": self.clip, PRIOR: self.prior, **self.stages}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+    def _at_work(self, name: str, part: object) -> AbstractContextManager[None]:
+        """A part on the device while it works, where parts are kept off it."""
+        if not self.offload:
+            return contextlib.nullcontext()
+        return resident(part if isinstance(part, nn.Module) else None, self._device, self.peak, name)
 
     # -- sampling ------------------------------------------------------------------------------------------
 
@@ -215,12 +210,15 @@ class Cascade:
         same bits whatever else is encoded beside it."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         groups = [[prompt] for prompt in prompts] if self.device.type == "cpu" else [prompts]
-        return TextEmbedding.cat([self._encode(group) for group in groups])
-
-    @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> TextEmbedding:
-        text = self.text_encoder(prompts)
-        return text if self.clip is None else replace(text, pooled=self.clip.encode_text(text))
+        with self._at_work(checkpoint.TEXT_ENCODER, None):
+            text = TextEmbedding.cat([self.text_encoder(group) for group in groups])
+            if self.offload:
+                self.text_encoder.release()
+        if self.clip is None:
+            return text
+        with self._at_work("clip", self.clip), torch.no_grad():
+            rows = [text[[i]] for i in range(len(text))] if self.device.type == "cpu" else [text]
+            return replace(text, pooled=torch.cat([self.clip.encode_text(row) for row in rows]))
 
     def __call__(
         self,
@@ -309,13 +307,13 @@ class Cascade:
             worker.join()
 
     def _run(self, request: Request, report: Callable[[Event], None]) -> Output:
-        text = self.encode(request.prompts).repeat(request.num_images)
-        negative = None
-        if request.negatives is not None:
-            negative = self.encode(request.negatives).repeat(request.num_images)
+        self.peak.clear()
+        text, negative, null = self._encode_all(request)
         embed = request.image_embed
         if request.prior is not None:
-            embed = self._sample_prior(request, text, negative, report)
+            with self._at_work(PRIOR, self.prior):
+                instead = negative if getattr(self.prior, "learned_null", True) else null
+                embed = self._sample_prior(request, text, instead, report)
         pictures, done = request.images, dict[str, Tensor]()
         for run in request.runs:
             name = run.stage.config.name
@@ -323,21 +321,36 @@ class Cascade:
             def on_step(step: int, total: int, x0: Tensor, rows: range, name: str = name) -> None:
                 report(Event(name, step, total, rows, x0))
 
-            null = negative
-            if null is None and not run.stage.config.unet.learned_null:
-                null = self.encode("")
-            pictures = done[name] = run.stage.sample(
-                text,
-                image_embed=embed,
-                lowres=pictures,
-                seed=request.seeds,
-                negative=null,
-                size=run.size,
-                on_step=on_step,
-                **run.settings,
-            )
+            with self._at_work(name, run.stage):
+                pictures = done[name] = run.stage.sample(
+                    text,
+                    image_embed=embed,
+                    lowres=pictures,
+                    seed=request.seeds,
+                    negative=negative if run.stage.config.unet.learned_null else null,
+                    size=run.size,
+                    on_step=on_step,
+                    **run.settings,
+                )
         last = next(reversed(done.values()), None)
         return Output([] if last is None else to_pil(last), done, embed)
+
+    def _encode_all(
+        self, request: Request
+    ) -> tuple[TextEmbedding, TextEmbedding | None, TextEmbedding | None]:
+        """Text and negative text, one row a picture, and what networks without a learned null take for none:
+        the negative text, or the encoded empty prompt. All at one time, so that the encoder may go."""
+        learned = [run.stage.config.unet.learned_null for run in request.runs]
+        learned.append(request.prior is None or getattr(self.prior, "learned_null", True))
+        count = len(request.prompts)
+        instead = request.negatives or ([] if all(learned) else [""] * count)
+        both = self.encode([*request.prompts, *dict.fromkeys(instead)])
+        text = both[:count].repeat(request.num_images)
+        if not instead:
+            return text, None, None
+        order = {prompt: count + i for i, prompt in enumerate(dict.fromkeys(instead))}
+        null = both[[order[prompt] for prompt in instead]].repeat(request.num_images)
+        return text, null if request.negatives else None, null
 
     def _sample_prior(
         self,
@@ -368,46 +381,3 @@ class Cascade:
                 )
             )
         return torch.cat(parts)
-
-
-def _extras(folder: Path) -> list[Path]:
-    """What a model folder holds beside its components and index. Raises InputError for any other folder."""
-    entries = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-    if not entries:
-        return []
-    if folder / checkpoint.INDEX not in entries:
-        raise InputError(f"{folder} is no model folder and not empty: expected a new or empty folder")
-    own = {checkpoint.INDEX, *checkpoint.read_index(folder).components}
-    return [path for path in entries if path.name not in own]
-
-
-def _relative(reference: Any, folder: Path) -> Any:
-    """A text encoder's reference in which a path into the model folder is relative to it."""
-    if isinstance(reference, dict):
-        return {key: _relative(value, folder) for key, value in reference.items()}
-    if isinstance(reference, list):
-        return [_relative(value, folder) for value in reference]
-    if isinstance(reference, str) and Path(reference).is_relative_to(folder.resolve()):
-        return Path(reference).relative_to(folder.resolve()).as_posix()
-    return reference
-
-
-def _weights(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict with floating-point parameters, but no buffers, in `dtype`."""
-    floating = {name for name, p in module.named_parameters() if p.is_floating_point()}
-    return {name: t.to(dtype) if name in floating else t for name, t in module.state_dict().items()}
-
-
-def _build(folder: Path, library: str, class_name: str) -> nn.Module:
-    """A component from its folder; `library` and `class_name` are in `checkpoint.CLASSES`."""
-    component = checkpoint.load_component(folder, class_name)
-    if library == "cascade":
-        config = from_dict(StageConfig, component.config, where=str(folder / checkpoint.CONFIG))
-        with torch.device("meta"):  # no time spent on initial values
-            unet = UNet(config.unet)
-        checkpoint.load_tensors(unet, component.tensors, folder)
-        return Stage(config, unet)
-    cls = getattr(importlib.import_module(library), class_name)
-    module = cls(from_dict(cls.config_class, component.config, where=str(folder / checkpoint.CONFIG)))
-    checkpoint.load_tensors(module, component.tensors, folder)
-    return module

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
     from prior.clip import CLIP, ClipConfig
     from prior.diffusion import DiffusionPrior, PriorConfig
+    from prior.laion import LaionConfig, LaionPrior
     from prior.pretrained_clip import OpenCLIP, OpenClipConfig
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "AutoregressivePrior",
     "ClipConfig",
     "DiffusionPrior",
+    "LaionConfig",
+    "LaionPrior",
     "OpenCLIP",
     "OpenClipConfig",
     "PriorConfig",
@@ -28,6 +31,8 @@ _MODULES = {
     "OpenCLIP": "prior.pretrained_clip",
     "OpenClipConfig": "prior.pretrained_clip",
     "DiffusionPrior": "prior.diffusion",
+    "LaionPrior": "prior.laion",
+    "LaionConfig": "prior.laion",
     "PriorConfig": "prior.diffusion",
     "AutoregressivePrior": "prior.autoregressive",
     "AutoregressiveConfig": "prior.autoregressive",

@@ -229,9 +229,9 @@ def bindings(config: PriorConfig, layout: Layout) -> list[Binding]:
     net = "denoiser.net"
     found = [
         _positions(net, layout.positions, config.text_length),
-        _row(f"{net}.query", layout.query, 2),
-        _row("statistics.mean", "clip_mean", 1),
-        _row("statistics.std", "clip_std", 1),
+        row(f"{net}.query", layout.query, 2),
+        row("statistics.mean", "clip_mean", 1),
+        row("statistics.std", "clip_std", 1),
     ]
     for ours, theirs in (
         ("time.linear_1", layout.time[0]),
@@ -261,18 +261,22 @@ def bindings(config: PriorConfig, layout: Layout) -> list[Binding]:
 
 def tensors_from(layout: Layout, theirs: Tensors, config: PriorConfig, what: str) -> dict[str, Tensor]:
     """Our tensors of a public file's. Raises InputError that names the first tensor that does not fit."""
-    table = bindings(config, layout)
-    check_tensors(theirs, _written(table, _skeleton(config)), what)
-    ours: dict[str, Tensor] = {}
-    for binding in table:
-        ours |= zip(binding.ours, binding.read([theirs[name] for name in binding.theirs]), strict=True)
-    return ours
+    return translate(bindings(config, layout), theirs, _skeleton(config), what)
 
 
 def tensors_to(layout: Layout, ours: Tensors, config: PriorConfig) -> dict[str, Tensor]:
     """A public file's tensors of ours."""
     check_tensors(ours, _skeleton(config), "prior")
     return _written(bindings(config, layout), ours)
+
+
+def translate(table: list[Binding], theirs: Tensors, expected: Tensors, what: str) -> dict[str, Tensor]:
+    """Our tensors of theirs, which must be those that `expected` (ours, on any device) is written as."""
+    check_tensors(theirs, _written(table, expected), what)
+    ours: dict[str, Tensor] = {}
+    for binding in table:
+        ours |= zip(binding.ours, binding.read([theirs[name] for name in binding.theirs]), strict=True)
+    return ours
 
 
 def _written(table: list[Binding], ours: Tensors) -> dict[str, Tensor]:
@@ -287,11 +291,11 @@ def _skeleton(config: PriorConfig) -> dict[str, Tensor]:
         return DiffusionPrior(config).state_dict()
 
 
-def _row(ours: str, theirs: str, leading: int) -> Binding:
-    """A vector of ours that they keep with `leading` dimensions of one."""
+def row(ours: str, theirs: str, leading: int) -> Binding:
+    """A tensor of ours that they keep behind `leading` dimensions of one."""
 
     def read(tensors: list[Tensor]) -> list[Tensor]:
-        return [tensors[0].flatten()]
+        return [tensors[0][(0,) * leading]]
 
     def write(tensors: list[Tensor]) -> list[Tensor]:
         return [tensors[0][(None,) * leading]]

@@ -107,7 +107,7 @@ def tiny_cascade() -> Cascade:
 def toy_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Model folders load a `ToyEncoder`."""
     monkeypatch.setattr(
-        "cascade.pipeline.load_text_encoder", lambda reference, folder, device: ToyEncoder(reference["width"])
+        "cascade.loading.load_text_encoder", lambda reference, folder, device: ToyEncoder(reference["width"])
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import pickle
 import re
 import secrets
@@ -173,6 +172,13 @@ def _cut_short(path: Path) -> str | None:
     return f"cut short: it ends before tensor {min(lost)}" if lost else None
 
 
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file."""
+    # it stores neither channels_last nor memory that two tensors share
+    plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt"})
+
+
 # -- pickles -----------------------------------------------------------------------------------------------
 
 
@@ -227,9 +233,7 @@ def _keep(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write what a pickle held beside it. A folder that cannot be written to is no error."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        # a copy each: safetensors stores no memory that two tensors share
-        plain = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        save_file(plain, temporary, metadata={"format": "pt"})
+        write_tensors(tensors, temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         _log.warning("%s is not kept (%s): the pickle will be read again", path, error)
@@ -281,7 +285,3 @@ def _front_matter(path: Path) -> str | None:
 def few(names: list[str], most: int = 3) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def count_parameters(tensors: Mapping[str, Tensor]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors.values())

@@ -12,8 +12,10 @@ from cascade.config import from_dict
 from cascade.errors import InputError, unknown
 from cascade.text.base import TextEncoder
 from cascade.text.clean import clean_caption
+from cascade.text.glide import GlideReference, GlideTokens
 from cascade.text.huggingface import HuggingFaceEncoder, HuggingFaceReference
 from cascade.text.minilm import MiniLM, MiniLMReference
+from cascade.text.missing import MissingEncoder, MissingReference
 from cascade.text.openclip import OpenCLIPEncoder, OpenCLIPReference
 from cascade.text.pair import PairEncoder
 
@@ -30,7 +32,8 @@ def load_text_encoder(
 
     `reference["kind"]`, with further keys as in the dataclass of that kind:
     minilm (`MiniLMReference`), hf (`HuggingFaceReference`: T5 and other encoders), open_clip
-    (`OpenCLIPReference`: text towers), pair (`encoders`: a list of references, side by side).
+    (`OpenCLIPReference`: text towers), glide (`GlideReference`: token ids alone), pair (`encoders`: a list
+    of references, side by side), missing (`MissingReference`: none, only what it would have to be).
     A `name` may be relative to `folder`, the model folder. `dtype` None is each kind's own choice.
     Raises InputError for an unknown kind or key, and, once used, for files that are missing or altered.
     """
@@ -42,10 +45,15 @@ def load_text_encoder(
             return HuggingFaceEncoder(from_dict(HuggingFaceReference, data, place), folder, device, dtype)
         case "open_clip":
             return OpenCLIPEncoder(from_dict(OpenCLIPReference, data, place), folder, device, dtype)
+        case "glide":
+            return GlideTokens(from_dict(GlideReference, data, place), folder, device)
         case "pair":
             return PairEncoder([load_text_encoder(r, folder, device, dtype) for r in _pair(data)])
+        case "missing":
+            return MissingEncoder(from_dict(MissingReference, data, place))
         case kind:
-            raise unknown("kind of text encoder", kind, ["minilm", "hf", "open_clip", "pair"])
+            kinds = ["minilm", "hf", "open_clip", "glide", "pair", "missing"]
+            raise unknown("kind of text encoder", kind, kinds)
 
 
 def _pair(data: dict[str, Any]) -> list[Mapping[str, Any]]:

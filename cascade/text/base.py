@@ -45,6 +45,10 @@ class TextEncoder(Protocol):
         """Move it or, while nothing is loaded, choose where it will be loaded."""
         ...
 
+    def release(self) -> None:
+        """Give back the memory of what is loaded; the next use loads it again."""
+        ...
+
     def reference(self) -> dict[str, Any]:
         """Plain data from which `load_text_encoder` makes the same encoder."""
         ...
@@ -62,9 +66,14 @@ class TokenIds:
 class FrozenEncoder(ABC):
     """The shared half of the encoders with one token sequence: a subclass loads, tokenises and encodes."""
 
+    _loaded: Any = None  # tokeniser and network, once they are used
+
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
+
+    def release(self) -> None:
+        self._loaded = None
 
     def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
         states, mask = self.encode(prompts)[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cascade.conditioning import TextEmbedding
+from cascade.conditioning import TextEmbedding, Tokens
 from cascade.config import to_dict
 from cascade.errors import InputError
 from cascade.text.base import FrozenEncoder, TokenIds
@@ -40,6 +41,10 @@ class HuggingFaceReference:
     tokenizer_subfolder: str | None = None  # None: as `subfolder`
     max_length: int = 77
     clean: bool = False  # clean captions as DeepFloyd IF does
+    projection: bool = (
+        False  # of CLIP: give the projected embedding, as it is, as `pooled` (Karlo, Kandinsky)
+    )
+    pad_id: int | None = None  # of padding tokens; None: the tokeniser's own (Karlo's own programs: 0)
     sha256: dict[str, str] = field(default_factory=dict)  # checked before loading
 
     def __post_init__(self) -> None:
@@ -65,6 +70,7 @@ class HuggingFaceEncoder(FrozenEncoder):
         self._folder: Path | None = None
         self._network_config: Any = None
         self._loaded: tuple[Any, Any] | None = None
+        self._verified = False
 
     @property
     def max_length(self) -> int:
@@ -77,7 +83,8 @@ class HuggingFaceEncoder(FrozenEncoder):
     def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
         if self.config.clean and not isinstance(prompts, str):
             prompts = [clean_caption(p) if isinstance(p, str) else p for p in prompts]
-        return super().__call__(prompts)
+        states, mask, *projected = self.encode(prompts)
+        return TextEmbedding((Tokens(states, mask),), projected[0] if projected else None)
 
     def to(self, device: torch.device | str) -> Self:
         self.device = torch.device(device)
@@ -104,10 +111,16 @@ class HuggingFaceEncoder(FrozenEncoder):
         batch = tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
-        return TokenIds(batch["input_ids"], batch["attention_mask"].bool(), [len(ids) for ids in uncut])
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        if self.config.pad_id is not None:
+            ids = ids.where(mask, self.config.pad_id)
+        return TokenIds(ids, mask, [len(tokens) for tokens in uncut])
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         _, model = self._load()
+        if self.config.projection:  # causal: what stands before the padding does not see it
+            output = model(input_ids=ids)
+            return output.last_hidden_state, output.text_embeds
         return (model(input_ids=ids, attention_mask=mask.long()).last_hidden_state,)
 
     @property
@@ -141,14 +154,17 @@ class HuggingFaceEncoder(FrozenEncoder):
             from transformers import AutoTokenizer
 
             config, folder = self._read_config(), self._find()
-            verify(folder, self.config.sha256)
+            if not self._verified:  # once: not again after each release
+                verify(folder, self.config.sha256)
+                self._verified = True
             with _one_line(self.config.name):
                 tokenizer = AutoTokenizer.from_pretrained(folder / self._tokenizer_subfolder, **LOCAL)
             tokenizer.padding_side = "right"
             if tokenizer.pad_token is None:  # decoder-only networks have none
                 tokenizer.pad_token = tokenizer.eos_token
             self._check_length(config, tokenizer)
-            model = _load_network(folder / self.config.subfolder, config, self.dtype, self.config.name)
+            place = folder / self.config.subfolder
+            model = _load_network(place, config, self.dtype, self.config.name, self.config.projection)
             self._loaded = tokenizer, model.to(device=self.device).eval().requires_grad_(False)
         return self._loaded
 
@@ -162,22 +178,38 @@ class HuggingFaceEncoder(FrozenEncoder):
             raise InputError(f"max_length of {name}: expected at most {limit}, got {given}")
 
 
-def _load_network(folder: Path, config: Any, dtype: torch.dtype, name: str) -> Any:
+def _load_network(folder: Path, config: Any, dtype: torch.dtype, name: str, projection: bool) -> Any:
     """The encoder half of the network, every weight of it from the files."""
     import transformers
 
-    loader = getattr(transformers, T5_CLASSES.get(config.model_type, "AutoModel"))
+    loader: Any = getattr(transformers, T5_CLASSES.get(config.model_type, "AutoModel"))
+    if projection:
+        loader = transformers.CLIPTextModelWithProjection
+    given: dict[str, Any] = {"dtype": dtype, "variant": _variant(folder), **LOCAL}
     with _one_line(name), _quiet():
         model, report = loader.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
+            folder, use_safetensors=True, output_loading_info=True, **given
         )
     # a pooler on top of the last layer is not used here, and many checkpoints lack it
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
         raise InputError(f"{name}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if projection:
+        return model
     if hasattr(model, "text_model"):  # CLIP, SigLIP and other networks of two towers
         return model.text_model
     return model.get_encoder() if config.is_encoder_decoder and config.model_type not in T5_CLASSES else model
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant (fp16) in which alone the folder holds the weights, or None."""
+    names = {p.name for p in folder.glob("model.*")}
+    if names & {"model.safetensors", "model.safetensors.index.json"}:
+        return None
+    found = (
+        re.fullmatch(r"model\.(\w+)\.safetensors|model\.safetensors\.index\.(\w+)\.json", n) for n in names
+    )
+    return next((match[1] or match[2] for match in found if match), None)
 
 
 @contextlib.contextmanager

@@ -36,5 +36,9 @@ class PairEncoder:
             encoder.to(device)
         return self
 
+    def release(self) -> None:
+        for encoder in self.encoders:
+            encoder.release()
+
     def reference(self) -> dict[str, Any]:
         return {"kind": "pair", "encoders": [encoder.reference() for encoder in self.encoders]}

@@ -60,7 +60,7 @@ def test_a_failed_save_leaves_the_old_component(tmp_path: Path, monkeypatch: pyt
     def full_disk(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save_component(tmp_path / "a", {"n": 2}, {"w": torch.zeros(2)}, "Thing")
     assert checkpoint.load_component(tmp_path / "a").config == {"n": 1}

@@ -58,7 +58,8 @@ def test_signatures() -> None:
         "load_adapter": parameters(Cascade.load_adapter),
         "stage": parameters(Stage.sample),
     } == {
-        "from_pretrained": "(source=None, *, revision=None, device='cpu', dtype=None, verify=True)",
+        "from_pretrained": "(source=None, *, revision=None, device='cpu', dtype=None, verify=True, "
+        "offload=False, allow_legacy=False)",
         "call": "(self, prompts, *, seed=0, num_images=1, negative=None, stop_at=None, start_at=None, "
         "images=None, image_embed=None, size=None, on_event=None, **settings)",
         "stream": "(self, prompts, **arguments)",
@@ -113,8 +114,13 @@ def test_the_example_of_the_design_runs(tiny_cascade: Cascade, tmp_path) -> None
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("sample", ["model", "negative", "num", "out", "save-stages", "seed", "set", "size", "stop-at"]),
-        ("info", ["model"]),
+        (
+            "sample",
+            ["allow-legacy-checkpoint", "model", "negative", "num", "offload", "out", "save-stages", "seed"]
+            + ["set", "size", "stop-at"],
+        ),
+        ("info", ["allow-legacy-checkpoint", "model"]),
+        ("convert", ["allow-legacy-checkpoint", "dtype", "to"]),
     ],
 )
 def test_command_line(command: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

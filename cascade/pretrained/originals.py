@@ -1,0 +1,258 @@
+"""The layouts in which the families were published: DeepFloyd IF (pytorch_model.bin and config.yml), Karlo
+(three checkpoints and the statistics of its prior), GLIDE (one file a network), DALLE2-pytorch's prior.
+
+What the original programs keep in code (noise levels, sampling) is in the tables below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from cascade import checkpoint
+from cascade.config import (
+    AugmentConfig,
+    DiffusionConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    StageConfig,
+    UNetConfig,
+    read_mapping,
+    to_dict,
+)
+from cascade.errors import InputError
+from cascade.pretrained.folders import FACTOR, IF, KARLO, LICENCES, TEXT_LENGTH
+from cascade.pretrained.model import Model, Part, Read, TextFiles
+from cascade.pretrained.source import LEGACY, find_licence, read_tensors
+from cascade.pretrained.unet import tensors_from_original, unet_from_original
+
+GLIDE, LAION = "GLIDE", "DALLE2-pytorch prior"
+CLIP_L = "openai/clip-vit-large-patch14"  # the text tower of Karlo
+GLIDE_TOKENS = "openai-community/gpt2"  # whose byte pairs GLIDE reads
+PIXEL = SamplingConfig(sampler="ddpm", spacing="linspace", threshold="static")
+IF_THRESHOLD: dict[str, Any] = dict(threshold="dynamic", threshold_percentile=0.95)
+SETTINGS = {
+    (IF, "base"): replace(PIXEL, steps=100, guidance=7.0, threshold_cap=1.5, **IF_THRESHOLD),
+    (IF, "sr"): replace(
+        PIXEL,
+        respacing="smart50",
+        guidance=4.0,
+        aug_level=0.25,
+        lowres_noise="step",
+        threshold_cap=1.0,
+        **IF_THRESHOLD,
+    ),
+    (KARLO, "base"): replace(PIXEL, steps=50, guidance=8.0),
+    (KARLO, "sr"): replace(PIXEL, steps=7),
+    (GLIDE, "base"): replace(PIXEL, steps=100, guidance=3.0),
+    (GLIDE, "sr"): replace(PIXEL, sampler="ddim", eta=0.0, respacing="glide27", temperature=0.997),
+}
+AUGMENTS = {
+    IF: AugmentConfig(upsample="bilinear_aligned", schedule="discrete_cosine"),
+    KARLO: AugmentConfig(upsample="bicubic", max_level=0.0),
+    GLIDE: AugmentConfig(upsample="bilinear", eight_bit=True, max_level=0.0),
+}
+Process = Literal["discrete_cosine", "discrete_linear"]
+Tensors = dict[str, Tensor]
+
+
+def open_original(folder: Path, allow_legacy: bool) -> Model:
+    """What a folder of original checkpoints holds. Raises InputError where there are none."""
+    reader = _Reader(folder, allow_legacy)
+    for opened in (reader.floyd, reader.karlo, reader.laion, reader.glide):
+        model = opened()
+        if model is not None:
+            return model
+    raise InputError(
+        f"{folder} is not a model folder: expected {checkpoint.INDEX}, a network of diffusers, or the "
+        "original files of DeepFloyd IF (config.yml), Karlo, GLIDE or DALLE2-pytorch"
+    )
+
+
+class _Reader:
+    """Parts of one folder. Files are found by what their names begin with."""
+
+    def __init__(self, folder: Path, allow_legacy: bool) -> None:
+        self.folder, self.allow_legacy = folder, allow_legacy
+
+    # -- families ------------------------------------------------------------------------------------------
+
+    def floyd(self) -> Model | None:
+        config = self.folder / "config.yml"
+        if not config.is_file():
+            return None
+        params = read_mapping(config).get("params")
+        if not isinstance(params, dict):
+            raise InputError(f"{config}: expected params, the settings of the network")
+        stage, read = self._stage(IF, self.folder, "discrete_cosine", params, px=params.get("image_size"))
+        part = Part(stage.name, "cascade", "Stage", to_dict(stage), read, str(self.folder))
+        need = f"a text encoder, T5 (v1.1 XXL), {stage.unet.text_dims[0]} wide"
+        text = {"kind": "missing", "expected": need, "dims": list(stage.unet.text_dims)}
+        return self._model(IF, {part.name: part}, text, (need,))
+
+    def karlo(self) -> Model | None:
+        parts = {}
+        prior, decoder, sr = (self._find(name) for name in ("prior-ckpt", "decoder-ckpt", "improved-sr-ckpt"))
+        if prior is not None:
+            parts["prior"] = self._karlo_prior(prior)
+        for file, last in ((decoder, None), (sr, "model_last_step.")):
+            if file is not None:
+                prefix = "model." if last is None else "model_first_steps."
+                stage, read = self._stage(KARLO, file, "discrete_cosine", None, prefix, last)
+                parts[stage.name] = Part(stage.name, "cascade", "Stage", to_dict(stage), read, str(file))
+        if not parts:
+            return None
+        text = dict(kind="hf", name=CLIP_L, max_length=TEXT_LENGTH, projection=True, pad_id=0)
+        return self._model(KARLO, parts, text)
+
+    def glide(self) -> Model | None:
+        parts, length = {}, 0
+        for name in ("base", "upsample", "base-inpaint", "upsample-inpaint"):
+            file = self._find(name, exact=True)
+            if file is None:
+                continue
+            process: Process = "discrete_linear" if name.startswith("upsample") else "discrete_cosine"
+            stage, read = self._stage(GLIDE, file, process, None)
+            if stage.name in parts:
+                raise InputError(f"{self.folder}: expected one network a size, found two for {stage.name}")
+            parts[stage.name] = Part(stage.name, "cascade", "Stage", to_dict(stage), read, str(file))
+            assert stage.unet.text_transformer is not None
+            length = stage.unet.text_transformer.length
+        if not parts:
+            return None
+        return self._model(GLIDE, parts, dict(kind="glide", name=GLIDE_TOKENS, max_length=length))
+
+    def laion(self) -> Model | None:
+        config = self.folder / "prior_config.json"
+        if not config.is_file():
+            return None
+        reader = importlib.import_module("prior.laion_checkpoint")  # cascade does not depend on prior
+        file = self._largest()
+        settings = reader.laion_config(self._read(file, "meta"), read_mapping(config))
+
+        def read(device: str) -> Tensors:
+            return reader.laion_tensors(self._read(file, device), settings, str(file))
+
+        part = Part("prior", "prior", "LaionPrior", to_dict(settings), read, str(file))
+        text = dict(kind="hf", name=CLIP_L, max_length=settings.text_length, projection=True)
+        return self._model(LAION, {"prior": part}, text)
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _stage(
+        self,
+        family: str,
+        file: Path,
+        schedule: Process,
+        params: dict[str, Any] | None,
+        prefix: str = "",
+        last: str | None = None,
+        px: Any = None,
+    ) -> tuple[StageConfig, Read]:
+        """A U-Net as a stage, its configuration taken from the shapes of its tensors. `prefix` stands before
+        their names, `last` before those of the last step's network."""
+
+        def tensors(device: str, start: str) -> Tensors:
+            found = self._read(file, device)
+            return {name.removeprefix(start): t for name, t in found.items() if name.startswith(start)}
+
+        unet = self._described(file, lambda: unet_from_original(tensors("meta", prefix), params))
+        sr = bool(unet.lowres_channels)
+        if px is None:
+            px = 2 ** (len(unet.channels) + 2)  # the deepest level of all of these networks has 8 px
+        key = "sr" if sr else "base"
+        learned = unet.out_channels == 2 * unet.in_channels
+        process = DiffusionConfig(
+            prediction="eps",
+            schedule=ScheduleConfig(name=schedule),
+            weighting="none",
+            learned_variance=learned,
+        )
+        stage = StageConfig(
+            name=f"sr{px}" if sr else "base",
+            image_px=px,
+            lowres_px=px // FACTOR if sr else None,
+            unet=unet,
+            last_unet=None
+            if last is None
+            else self._described(file, lambda: unet_from_original(tensors("meta", last))),
+            diffusion=process,
+            augment=AUGMENTS[family] if sr else None,
+            sampling=SETTINGS[family, key],
+        )
+
+        def read(device: str) -> Tensors:
+            ours = self._translated(file, tensors(device, prefix), unet)
+            if last is not None and stage.last_unet is not None:
+                others = self._translated(file, tensors(device, last), stage.last_unet)
+                ours |= {f"{checkpoint.LAST}{name}": t for name, t in others.items()}
+            return ours
+
+        return stage, read
+
+    def _karlo_prior(self, file: Path) -> Part:
+        reader = importlib.import_module("prior.pretrained")  # cascade does not depend on prior
+        statistics = self._find("ViT-L-14_stats")
+        if statistics is None:
+            raise InputError(f"{self.folder}: expected ViT-L-14_stats.th beside the prior, its statistics")
+        named = [p for place in ("", "configs") for p in sorted((self.folder / place).glob("prior*.yaml"))]
+        if not named:
+            raise InputError(f"{self.folder}: expected prior_1B_vit_l.yaml, the prior's configuration")
+        config = reader.prior_from_karlo(read_mapping(named[0]))
+
+        def read(device: str) -> Tensors:
+            mean, std = self._read(statistics, device).values()
+            found = self._read(file, device) | {"clip_mean": mean[None], "clip_std": std[None]}
+            return reader.tensors_from(reader.KARLO, found, config, str(file))
+
+        return Part("prior", "prior", "DiffusionPrior", to_dict(config), read, str(file))
+
+    def _model(
+        self, family: str, parts: dict[str, Part], text: dict[str, Any], missing: tuple[str, ...] = ()
+    ) -> Model:
+        licence = find_licence(self.folder, {**LICENCES, GLIDE: "MIT", LAION: "MIT"}[family])
+        return Model(self.folder, family, parts, (TextFiles(text, self.folder),), licence, (), missing)
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def _find(self, name: str, exact: bool = False) -> Path | None:
+        """The file whose name begins with `name`, or is it but for its ending; safetensors before pickles."""
+        for ending in (".safetensors", *LEGACY):
+            for path in sorted(self.folder.glob(f"*{ending}")):
+                if path.stem == name or (not exact and path.stem.startswith(name)):
+                    return path
+        return None
+
+    def _largest(self) -> Path:
+        """The checkpoint of a folder that holds one: its largest file of weights."""
+        files = [p for ending in (".safetensors", *LEGACY) for p in self.folder.glob(f"*{ending}")]
+        if not files:
+            raise InputError(
+                f"{self.folder}: expected a checkpoint (.safetensors, .pth) beside prior_config.json"
+            )
+        return max(files, key=lambda p: (p.suffix == ".safetensors", p.stat().st_size))
+
+    def _read(self, file: Path, device: str) -> Tensors:
+        return read_tensors(file, allow_legacy=self.allow_legacy, device=device)
+
+    def _described(self, file: Path, describe: Callable[[], UNetConfig]) -> UNetConfig:
+        try:
+            return describe()
+        except InputError as error:
+            raise InputError(_at(file, error)) from None
+
+    def _translated(self, file: Path, tensors: Tensors, cfg: UNetConfig) -> Tensors:
+        try:
+            return tensors_from_original(tensors, cfg)
+        except InputError as error:
+            raise InputError(_at(file, error)) from None
+
+
+def _at(file: Path, error: InputError) -> str:
+    """The message with the file's name, once."""
+    return str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
