@@ -169,7 +169,7 @@ def name_hash(name: str) -> tuple[int, int]:
 def row_hash(row: Row) -> int:
     state = hashlib.blake2b(digest_size=8)
     for field in sorted(row):
-        state.update(row[field].contiguous().view(torch.uint8).numpy())
+        state.update(row[field].contiguous().view(torch.uint8).numpy().data)
     return int.from_bytes(state.digest(), "little")
 
 

@@ -149,11 +149,10 @@ def _plot(
     (side, shape), (tokens, bad) = figure.subplots(2, 2)
     good = sizes[sizes.min(1) > 0]
     side.hist(good.min(1), bins=50, color="tab:blue")
-    for name, part in recipe.pictures.items():
-        side.axvline(part.stage.image_px, color="black", linestyle=":")
-        side.annotate(
-            name, (part.stage.image_px, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top"
-        )
+    stages = {name: part.stage.image_px for name, part in recipe.pictures.items()}
+    for px in stages.values():
+        side.axvline(px, color="black", linestyle=":")
+    side.secondary_xaxis("top").set_xticks(list(stages.values()), list(stages), rotation=30)
     side.set(xlabel="shorter side (px)", ylabel="pictures")
     shape.hist(np.log2(good[:, 0] / good[:, 1]), bins=50, color="tab:blue")
     shape.set(xlabel="log2 (width / height)", ylabel="pictures")
@@ -163,7 +162,7 @@ def _plot(
         )
         tokens.axvline(most, color=drawn[2][0].get_facecolor(), linestyle=":")
     tokens.set(xlabel="tokens of the principal caption", ylabel="pictures")
-    tokens.legend()
+    tokens.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     bad.barh(list(report["bad"]), list(report["bad"].values()), color="tab:red")
     bad.set(xlabel="bad pictures")
     figure.savefig(path, format="png", dpi=100)

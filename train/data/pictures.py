@@ -113,14 +113,14 @@ class Reader:
     def __call__(self, position: int, read: Callable[[int], T]) -> T:
         """`read` gives what is wanted of a picture or raises BadPicture. Raises InputError where the
         quarantine is full, or where nothing can be read."""
-        index = self.order[position]
+        index, problem = self.order[position], None
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return read(index)
             except BadPicture as bad:
                 self._quarantine.add(bad)
-                last, index = bad, self.order.replacement(position, attempt)
-        raise InputError(f"{ATTEMPTS} pictures in a row cannot be used; the last: {last}")
+                problem, index = bad, self.order.replacement(position, attempt)
+        raise InputError(f"{ATTEMPTS} pictures in a row cannot be used; the last: {problem}")
 
 
 def weighted(weights: Sequence[float], seed: int) -> int:

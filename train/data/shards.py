@@ -138,6 +138,7 @@ def digest(text: str) -> str:
 
 def _fetch(url: str, path: Path) -> None:
     """Copy a URL to a file, whole or not at all."""
+    reason = ""
     for attempt in range(TRIES):
         try:
             with whole_file(path) as part, part.open("wb") as file, _remote(url) as remote:
