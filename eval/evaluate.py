@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -56,12 +57,16 @@ def draw_run(request: Request) -> Run | None:
             if main:
                 there = {item.key for item in read_items(request.out)}
                 for name, found in made.items():
-                    items = take_in(request.out, plan, name, found)
-                    append_items(request.out, rank, [item for item in items if item.key not in there])
+                    append_items(request.out, rank, take_in(request.out, plan, name, found, there))
             state.wait_for_everyone()
             total = sum(1 for _ in plan.keys())
             with shown(request.out, total) if main else nullcontext(lambda: None) as report:
-                draw_share(request.out, plan, pipes, code_version(), rank, world, report)
+                try:
+                    draw_share(request.out, plan, pipes, code_version(), rank, world, report)
+                except InputError as error:
+                    if not main:  # the first process speaks only of what it meets itself
+                        print(f"eval: process {rank}: {error}", file=sys.stderr)
+                    raise
             state.wait_for_everyone()
             return finish(request.out, plan) if main else None
     finally:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from cascade.errors import InputError
 from cascade.images import save_png, to_pil
 from cascade.pipeline import EMBEDDED
 from eval.pictures import load_picture, picture_size
-from eval.run import DEFAULT, PICTURES, Item, Model, Plan, picture_seeds
+from eval.run import DEFAULT, PICTURES, Item, Key, Model, Plan, picture_seeds
 from eval.suites import Suite
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -103,19 +103,21 @@ def find_pictures(source: str, suite: Suite, per_prompt: int) -> tuple[Model, Fo
     return model, wanted
 
 
-def take_in(folder: Path, plan: Plan, name: str, found: Found) -> list[Item]:
-    """Copy pictures made elsewhere into a run, as PNG. Each setting's item has the same files: there is
-    nothing that a setting could change."""
+def take_in(folder: Path, plan: Plan, name: str, found: Found, there: Set[Key]) -> list[Item]:
+    """Copy pictures made elsewhere into a run, as PNG; the items that were not there. Each setting's item has
+    the same files: there is nothing that a setting could change."""
     items, seeds = [], picture_seeds(plan)
     for (index, k), path in found.items():
+        settings = [setting.id for setting in plan.settings if (name, setting.id, index, k) not in there]
+        if not settings:
+            continue
         file = f"{PICTURES}/{name}/{DEFAULT}/{ELSEWHERE}/{index:04d}-{k}.png"
-        if not (folder / file).exists():
-            save_png(to_pil(load_picture(path)[None])[0], folder / file)
+        save_png(to_pil(load_picture(path)[None])[0], folder / file)
         digest, prompt = checkpoint.sha256(folder / file), plan.suite.prompts[index]
         items += [
             Item(
                 model=name,
-                setting=setting.id,
+                setting=setting,
                 prompt=index,
                 k=k,
                 text=prompt.text,
@@ -127,7 +129,7 @@ def take_in(folder: Path, plan: Plan, name: str, found: Found) -> list[Item]:
                 model_sha256=plan.models[name].sha256,
                 code=plan.code,
             )
-            for setting in plan.settings
+            for setting in settings
         ]
     return items
 

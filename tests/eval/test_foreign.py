@@ -114,6 +114,9 @@ def test_a_model_against_pictures(model_folder, own_process_state, tmp_path) -> 
     with Image.open(run.path(theirs[1], "base")) as image:
         assert image.getpixel((0, 0)) == (20, 0, 0)
     before = (tmp_path / "run" / "manifest.jsonl").read_bytes()
+    damaged = run.path(theirs[2])
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:40])
     draw_run(request)
-    assert (tmp_path / "run" / "manifest.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "manifest.jsonl").read_bytes() == before and damaged.read_bytes() == whole
     assert read_run(tmp_path / "run").models["A"].stages == {"base": 16}
