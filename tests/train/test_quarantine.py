@@ -9,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from cascade.errors import InputError
+from tests.train.conftest import tiny_recipe
 from tests.train.picture_files import Item, bomb, items, noise, write
+from train.__main__ import main
 from train.data import BadPicture, DataConfig, Reader, open_pictures
 from train.data.decode import decode
 from train.data.quarantine import Quarantine
@@ -163,3 +167,25 @@ def test_a_line_that_was_not_finished_is_written_again(tmp_path: Path) -> None:
     path.write_text("[]\n")
     with pytest.raises(InputError, match="expected a JSON object with an id"):
         Quarantine(path, 0.5, 10).names()
+
+
+def test_a_run_over_spoilt_pictures_completes_and_lists_the_same_after_a_resume(tmp_path: Path) -> None:
+    def train(name: str, *lengths: int) -> dict[str, str]:
+        cfg = spoilt(tmp_path / name / "set")
+        recipe = tiny_recipe(tmp_path, tmp_path / name)
+        recipe["data"] = {"name": "folder", "folder": cfg.folder, "heldout": 0.0, "max_bad": 0.06}
+        recipe["base"]["stage"]["unet"] |= {"image_embed_dim": None}
+        recipe["base"]["train"] |= {"workers": 2, "batch": 24, "log_images": 240, "save_images": 240}
+        for part in ("clip", "prior", "sr256", "sr1024"):
+            del recipe[part]
+        path = tmp_path / name / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        for images in lengths:
+            assert main([str(path), "--stage", "base", "--set", f"base.train.images={images}"]) == 0
+        return listed(cfg)
+
+    whole, resumed = train("whole", 2 * COUNT), train("resumed", 72, 2 * COUNT)
+    # the last is whole, but too small for the stage, which does not ask for it
+    assert whole == resumed and set(whole) == {f"p{i:03d}.png" for i in BAD if i != 119}
+    weights = [load_file(p) for p in sorted(tmp_path.rglob("base/diffusion_pytorch_model.safetensors"))]
+    assert len(weights) == 2 and all(weights[0][k].equal(weights[1][k]) for k in weights[0])
