@@ -3,6 +3,7 @@ that were trained on top of one (PickScore, HPSv2, the aesthetic predictor)."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cascade import Cascade
 from cascade.config import read_mapping
 from cascade.errors import InputError
 from eval.extractors.base import (
+    Extractor,
     JointExtractor,
     digest,
     find_file,
@@ -56,14 +58,17 @@ class ClipExtractor(JointExtractor):
         """What the network multiplies cosines by."""
         return self.module.get_parameter("logit_scale").exp().item()
 
+    @abstractmethod
     def image_tower(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        """B 3 px px to B D."""
 
+    @abstractmethod
     def text_tower(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError
+        """B L to B D."""
 
+    @abstractmethod
     def tokenise(self, texts: list[str]) -> Tensor:
-        raise NotImplementedError
+        """B L integers."""
 
 
 class TransformersClip(ClipExtractor):
@@ -169,7 +174,7 @@ class OwnClip(JointExtractor):
         return pooled.float().cpu()
 
 
-class Aesthetic(ClipExtractor):
+class Aesthetic(Extractor):
     """The predictor of LAION (improved-aesthetic-predictor): a chain of linear layers on the unit embedding
     of CLIP ViT-L/14. Rows are of one number, the mark from 1 to 10."""
 

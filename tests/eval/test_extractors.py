@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,12 +28,17 @@ from eval.extractors.resize import clean, pillow, tensorflow, to_levels
 from eval.extractors.reward import MEAN, STD, ImageReward
 from eval.extractors.vision import DINOv2, EfficientNetLite0, Inception, fid_inception
 from eval.gauges import GAUGES, Seen
+from tests.eval.small_models import (
+    CLIP_TEXT,
+    CLIP_VISION,
+    save_aesthetic_head,
+    save_open_clip,
+    save_transformers_clip,
+)
 
 PICTURE = from_uint8(torch.randint(0, 256, (3, 40, 50), generator=torch.Generator().manual_seed(0)).byte())
 SQUARE = from_uint8(torch.randint(0, 256, (3, 48, 48), generator=torch.Generator().manual_seed(1)).byte())
 TEXTS = ["a red apple", "two cats, one of them green"]
-CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-CLIP_VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
 
 
 def rows(extractor: Any, *pictures: Tensor, texts: list[str] | None = None) -> Tensor:
@@ -130,26 +134,6 @@ def test_dinov2_folder(tmp_path: Path) -> None:
 # -- joint spaces --------------------------------------------------------------------------------------------
 
 
-def save_transformers_clip(folder: Path) -> Any:
-    torch.manual_seed(0)
-    shared = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    text = dict(shared, vocab_size=49408, max_position_embeddings=77, eos_token_id=49407, bos_token_id=49406)
-    vision = dict(shared, image_size=32, patch_size=16)
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    model = transformers.CLIPModel(config).eval()
-    model.save_pretrained(folder)
-    return model
-
-
-def save_open_clip(folder: Path) -> Any:
-    torch.manual_seed(0)
-    model = open_clip.model.CLIP(embed_dim=8, vision_cfg=CLIP_VISION, text_cfg=CLIP_TEXT).eval()
-    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
-    config = {"embed_dim": 8, "vision_cfg": CLIP_VISION, "text_cfg": CLIP_TEXT}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    return model
-
-
 def test_transformers_clip(tmp_path: Path) -> None:
     model, extractor = save_transformers_clip(tmp_path), load_clip(str(tmp_path))
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
@@ -208,11 +192,7 @@ def test_hpsv2_reads_the_published_checkpoint(tmp_path: Path, tiny_open_clip: st
 def test_aesthetic_predictor(tmp_path: Path) -> None:
     """The published file's names: linear layers with dropout, which holds no tensors, between them."""
     model, clip = save_open_clip(tmp_path), f"local-dir:{tmp_path}"
-    torch.manual_seed(1)
-    layers = torch.nn.Sequential(
-        torch.nn.Linear(8, 6), torch.nn.Dropout(), torch.nn.Linear(6, 4), torch.nn.Linear(4, 1)
-    )
-    torch.save({f"layers.{k}": v for k, v in layers.state_dict().items()}, tmp_path / "head.pth")
+    layers = save_aesthetic_head(tmp_path / "head.pth")
     extractor = Aesthetic(f"{tmp_path / 'head.pth'},{clip}")
     with torch.no_grad():
         image = F.normalize(model.encode_image(extractor.prepare(SQUARE)[None]), dim=1)

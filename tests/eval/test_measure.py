@@ -25,6 +25,7 @@ from eval.gauges import GAUGES, parse
 from eval.measure import check, measure
 from eval.metrics.frechet import frechet_distance, moments
 from eval.run import Run
+from tests.eval.small_models import save_aesthetic_head, save_open_clip, save_transformers_clip
 from tests.eval.synthetic import make_run
 
 TEXTS = {"Colors": [f"colour {i}" for i in range(12)], "Rare Words": [f"rare {i}" for i in range(3)]}
@@ -258,6 +259,26 @@ def test_own_clip_scores_every_model_and_is_flagged(tmp_path: Path, model_folder
     assert all("Own CLIP: cosine to the prompt" in row for row in rows)
     base_only = measure(run, stage="base")["metrics"]["own_clip_cosine"]["values"]
     assert base_only != found["values"]
+
+
+def test_small_models_in_published_layouts(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every score of a network that reads files, from the command line's words to the report."""
+    clips = tmp_path / "open_clip", tmp_path / "transformers"
+    for folder, save in zip(clips, (save_open_clip, save_transformers_clip), strict=True):
+        folder.mkdir()
+        save(folder)
+    save_aesthetic_head(tmp_path / "head.pth")
+    monkeypatch.undo()  # the toys
+    specs = [f"clip=local-dir:{clips[0]}", f"pickscore={clips[1]}"]
+    specs.append(f"aesthetic={tmp_path / 'head.pth'},local-dir:{clips[0]}")
+    found = measure(run, metrics=specs)["metrics"]
+    assert set(found) == {"clip_cosine", "clip_score", "clip_r1", "clip_r5", "pickscore", "aesthetic"}
+    assert (
+        found["clip_cosine"]["resize"]
+        == "bicubic with antialiasing (Pillow), shorter side to 32 px, centre crop"
+    )
+    for metric in found.values():
+        assert set(metric["values"]) == {"A", "B"}
 
 
 @pytest.mark.parametrize(
