@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,7 @@ class Trackers:
 
         def show(kind: str, tracker: Any) -> None:
             if kind == "trackio":  # Accelerate gives it no pictures yet
-                import trackio
-
-                tracker.log({name: trackio.Image(picture)}, step=images)
+                tracker.log({name: import_module(kind).Image(picture)}, step=images)
             elif kind == "tensorboard":
                 tracker.log_images({name: pixels[None]}, step=images, dataformats="NHWC")
             else:

@@ -50,13 +50,14 @@ def test_flatten_keeps_numbers_alone() -> None:
 
 
 def test_tensorboard_gets_numbers_and_pictures(tiny: Tiny, tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     watched = Trackers(tiny("trackers=[tensorboard]"), "base", tmp_path, main=True)
     for images in (8, 16):
         watched.log("train", {"loss": 1 / images, "loss_by_t": [0.25, 0.75]}, images)
     watched.grid("grid", Image.new("RGB", (6, 4), "red"), 16)
     watched.finish()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(8, 0.125), (16, 0.0625)]
     assert [e.value for e in events.Scalars("train/loss_by_t/1")] == [0.75, 0.75]
     (picture,) = events.Images("grid")
@@ -64,7 +65,7 @@ def test_tensorboard_gets_numbers_and_pictures(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_trackio_gets_them_too(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its call, which Accelerate lacks for pictures."""
+    """By its own call, which Accelerate lacks."""
     seen = []
 
     class Tracker(Broken):
