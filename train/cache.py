@@ -42,7 +42,8 @@ class Cache:
         manifest = read_mapping(folder / MANIFEST)
         try:
             self.about: dict[str, Any] = manifest["about"]
-            self._shards = [folder / str(name) for name in manifest["shards"]]
+            self.sources: dict[str, str | None] = dict(manifest["shards"])
+            self._shards = [folder / name for name in self.sources]
             self._index = np.load(folder / INDEX, mmap_mode="r")
             if self._index.dtype != ENTRY:
                 raise ValueError("other columns")
@@ -121,9 +122,9 @@ class _Shard:
         return result
 
 
-def write_shard(path: Path, made_from: str, names: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write rows of the same fields. `made_from` tells what they were made from (`list_hash`). The file
-    appears whole or not at all."""
+def write_shard(path: Path, source: str, names: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write rows of the same fields. `source` tells what they were made from (`list_hash`). The file appears
+    whole or not at all."""
     hashes = np.array([(*name_hash(n), row_hash(r)) for n, r in zip(names, rows, strict=True)], np.uint64)
     tensors = {"hashes": torch.from_numpy(hashes.reshape(-1, 3).view(np.int64))}
     for field in rows[0] if rows else ():
@@ -131,19 +132,19 @@ def write_shard(path: Path, made_from: str, names: Sequence[str], rows: Sequence
         tensors[field] = torch.cat(parts)
         tensors[f"{field}.ends"] = torch.tensor([len(part) for part in parts]).cumsum(0)
     with whole_file(path) as part:
-        save_file(tensors, part, metadata={"made_from": made_from})
+        save_file(tensors, part, metadata={"made_from": source})
 
 
-def holds(path: Path, made_from: str) -> bool:
-    """Whether a shard is there that was made from this."""
+def made_from(path: Path) -> str | None:
+    """What a shard was made from; None: there is no whole shard."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("made_from") == made_from
+            return (file.metadata() or {}).get("made_from")
     except (OSError, SafetensorError):
-        return False
+        return None
 
 
-def finish(folder: Path, shards: Sequence[str], about: dict[str, Any]) -> Cache:
+def finish(folder: Path, shards: Sequence[str], about: dict[str, Any]) -> None:
     """Write index and manifest of a folder whose shards are all there."""
     parts = []
     for number, shard in enumerate(shards):
@@ -157,8 +158,7 @@ def finish(folder: Path, shards: Sequence[str], about: dict[str, Any]) -> Cache:
     with whole_file(folder / INDEX) as part, part.open("wb") as file:
         np.save(file, index[np.argsort(index["name"], kind="stable")])
     with whole_file(folder / MANIFEST) as part:
-        write_json(part, {"about": about, "shards": list(shards)})
-    return Cache(folder)
+        write_json(part, {"about": about, "shards": {name: made_from(folder / name) for name in shards}})
 
 
 def name_hash(name: str) -> tuple[int, int]:

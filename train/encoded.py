@@ -24,7 +24,7 @@ from cascade.errors import InputError
 from cascade.images import from_uint8
 from cascade.text import TextEncoder, load_text_encoder
 from prior import CLIP, OpenCLIP
-from train.cache import MANIFEST, Cache, Row, finish, holds, list_hash, write_shard
+from train.cache import MANIFEST, Cache, Row, finish, list_hash, made_from, write_shard
 from train.data import BadPicture, PictureSet, View
 
 SMALL = 50_000  # pictures: so small a set is encoded before training, not in it
@@ -39,6 +39,7 @@ class Store(ABC):
     def __init__(self, pictures: PictureSet, about: dict[str, Any], folder: Path | None = None) -> None:
         """folder: default one for this encoder and choice of pictures in the set's folder."""
         name = f"{about['kind']}-{list_hash(about, [pictures.cfg.choice])}"
+        self._shared = folder is not None  # perhaps with other sets: only train.embed writes there
         folder = folder or pictures.folder / "cache" / name
         self.pictures, self.about, self.folder = pictures, about, folder
         self.cache = Cache(folder) if (folder / MANIFEST).exists() else None
@@ -53,21 +54,23 @@ class Store(ABC):
         """Write this process's share of the cache and, when all are done, what makes it whole. Shards that
         are there already stay. The same files come of any number of processes."""
         names = [f"{number:06d}.safetensors" for number in range(-(-len(self.pictures) // SHARD))]
-        sources = [list_hash(self.about, self.listed(number)) for number in range(rank, len(names), world)]
-        mine = list(zip(range(rank, len(names), world), sources, strict=True))
-        todo = [(number, source) for number, source in mine if not holds(self.folder / names[number], source)]
-        for number, source in track(todo, str(self.about["kind"]), disable=rank > 0 or not todo):
-            write_shard(self.folder / names[number], source, *self.encoded(number))
+        mine = range(rank, len(names), world)
+        sources = {number: list_hash(self.about, self.listed(number)) for number in mine}
+        todo = [number for number in mine if made_from(self.folder / names[number]) != sources[number]]
+        for number in track(todo, str(self.about["kind"]), disable=rank > 0 or not todo):
+            write_shard(self.folder / names[number], sources[number], *self.encoded(number))
         barrier()
-        if rank == 0 and (todo or world > 1 or self.cache is None):
+        found = {name: made_from(self.folder / name) for name in names}
+        if rank == 0 and (self.cache is None or self.cache.sources != found):
             finish(self.folder, names, self.about)
         barrier()
         self.cache = Cache(self.folder)
 
     def prepare(self) -> Self:
-        """Write the cache of a small set, where that has not been done."""
-        if len(self.pictures) <= SMALL:
-            self.write()
+        """Write the cache of a small set, where that has not been done, on the device if there is one."""
+        if len(self.pictures) <= SMALL and not self._shared:
+            self.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").write()
+            self.to("cpu")
         return self
 
     def span(self, shard: int) -> range:
@@ -91,7 +94,7 @@ class TextStore(Store):
     """Captions to token states, padded to the encoder's length."""
 
     def __init__(self, pictures: PictureSet, reference: dict[str, Any]) -> None:
-        """Raises InputError where the recipe names the cache of another encoder, or none at all."""
+        """Raises InputError where the recipe names the cache of another encoder."""
         self.encoder = load_text_encoder(reference)
         self.max_length, self.dims = self.encoder.max_length, tuple(self.encoder.dims)
         self._types = stored_types(self.encoder)

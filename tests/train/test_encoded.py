@@ -28,7 +28,7 @@ from tests.train.picture_files import Item, items, noise, write
 from tests.train.test_batches import ToyClip
 from train import embed
 from train.batches import Batches, StageMaker, packed, unpacked
-from train.cache import Cache, finish, holds, write_shard
+from train.cache import Cache, finish, made_from, write_shard
 from train.data import BadPicture, PictureSet, open_pictures
 from train.encoded import ImageStore, TextStore, fingerprint, stored_types
 from train.recipe import load_recipe
@@ -108,10 +108,9 @@ def test_rows_are_found_by_name(tmp_path: Path) -> None:
 
 def test_a_shard_tells_what_it_was_made_from(tmp_path: Path) -> None:
     make_cache(tmp_path)
-    assert holds(tmp_path / "0.safetensors", "list 0")
-    assert not holds(tmp_path / "0.safetensors", "list 1") and not holds(tmp_path / "9.safetensors", "list 0")
+    assert made_from(tmp_path / "0.safetensors") == "list 0" and made_from(tmp_path / "9.safetensors") is None
     (tmp_path / "0.safetensors").write_bytes(b"x")
-    assert not holds(tmp_path / "0.safetensors", "list 0")
+    assert made_from(tmp_path / "0.safetensors") is None
 
 
 def flip(path: Path, bit: int) -> None:
@@ -206,12 +205,31 @@ def test_an_interrupted_encoding_goes_on(
     assert not list(store.folder.glob(".*"))
 
 
+def test_an_index_older_than_its_shards_is_made_anew(
+    pictures: PictureSet, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards were written for changed captions, and the process killed before the index was."""
+    TextStore(pictures, TOY).prepare()
+    metadata = pictures.folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("picture", "drawing"))
+    changed = open_pictures(pictures.cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.encoded.finish", lambda *_: None)
+        TextStore(changed, TOY).prepare()
+    captions = [changed.captions(i)[0] for i in range(10)]
+    store = TextStore(changed, TOY).prepare()
+    assert store.cache is not None and all(caption in store.cache for caption in captions)
+    assert same(store(captions), halved(ToyEncoder()(captions)))
+
+
 def test_the_cache_of_another_encoder_is_refused(
     pictures: PictureSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = TextStore(pictures, TOY).prepare().folder
     named = open_pictures(replace(pictures.cfg, text_cache=str(folder)))
     assert TextStore(named, TOY).cache is not None
+    empty = open_pictures(replace(pictures.cfg, text_cache=str(folder / "empty")))
+    assert TextStore(empty, TOY).prepare().cache is None  # a folder that is named is left to train.embed
     monkeypatch.setattr("train.encoded.load_text_encoder", lambda reference: ToyEncoder(8))
     assert TextStore(pictures, TOY).cache is None  # it has a folder of its own
     with pytest.raises(
