@@ -28,6 +28,7 @@ from eval.pictures import load_square
 from eval.run import (
     PICTURES,
     RUN,
+    UNFINISHED,
     Item,
     Key,
     Picture,
@@ -44,6 +45,7 @@ from eval.run import (
 )
 
 LOCK = ".lock"
+BEGINNINGS = {LOCK, UNFINISHED}  # all that a run has if it dies before it has a plan
 Drawn = dict[str, tuple[Tensor, Tensor | None]]  # pictures and image embeddings, by what they depend on
 
 
@@ -59,7 +61,7 @@ def run_folder(folder: Path, plan: Plan) -> Iterator[Plan]:
         _check_same(folder, old, plan)
         plan = replace(plan, code=old.code)
     try:
-        if old is None and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        if old is None and folder.exists() and any(path.name not in BEGINNINGS for path in folder.iterdir()):
             raise InputError(f"{folder} is no run and not empty: expected a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")

@@ -24,6 +24,7 @@ from cascade.errors import InputError, unknown
 from eval.suites.suite import Suite
 
 RUN, MANIFEST, PICTURES = "run.json", "manifest.jsonl", "pictures"
+UNFINISHED = f".{RUN}.tmp"  # run.json while it is written
 DEFAULT = "default"  # id of the setting in which nothing is changed
 Picture = tuple[int, int]  # prompt, k
 Key = tuple[str, str, int, int]  # model, setting, prompt, k
@@ -191,7 +192,7 @@ def read_plan(folder: Path) -> Plan:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write run.json; the file appears whole or not at all."""
-    temporary = folder / f".{RUN}.tmp"
+    temporary = folder / UNFINISHED
     write_json(temporary, to_dict(plan))
     temporary.replace(folder / RUN)
 
