@@ -33,6 +33,7 @@ from eval.run import Item, Run
 
 HTML, KEY = "blind.html", "blind.key.json"
 SET = 8  # pictures of a set
+PROMPTS = 400  # more than anyone rates; DrawBench has 200
 CONTROLS = 0.1  # control trials, as a share of the others
 LEAST_CONTROLS = 4  # six questions: one slip is no failure yet
 BUDGET = 240_000_000  # pixels of all pictures: two sets of 8 for 200 prompts at 256 px, of 2 at 512 px
@@ -142,14 +143,15 @@ def read_key(folder: Path) -> Key:
 
 
 def make_key(run: Run, arms: Sequence[Arm], seed: int, stage: str | None) -> Key:
-    """Every prompt once and, for each ten, a control trial, in random order: a function of the seed."""
+    """Every prompt once (of a large suite, PROMPTS at random) and, for each ten, a control trial, in random
+    order: a function of the seed."""
     prompts = run.suite.prompts
+    rated = torch.randperm(len(prompts), generator=random.generator(seed, "rated")).tolist()[:PROMPTS]
     kinds: tuple[Kind, ...] = ("noise", "mismatch") if _others(run, 0) else ("noise",)
-    controls = max(LEAST_CONTROLS, round(CONTROLS * len(prompts)))
-    chosen = torch.randperm(len(prompts), generator=random.generator(seed, "controls")).tolist()
+    controls = max(LEAST_CONTROLS, round(CONTROLS * len(rated)))
     drawn: list[tuple[Kind, int]] = []
-    drawn.extend(("rated", index) for index in range(len(prompts)))
-    drawn.extend((kinds[i % len(kinds)], chosen[i % len(prompts)]) for i in range(controls))
+    drawn.extend(("rated", prompt) for prompt in rated)
+    drawn.extend((kinds[i % len(kinds)], rated[i % len(rated)]) for i in range(controls))
     order = torch.randperm(len(drawn), generator=random.generator(seed, "order")).tolist()
     trials = tuple(
         Trial(

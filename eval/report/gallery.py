@@ -3,7 +3,7 @@ where two models differ most, and what the settings of the cascade-only studies 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ BUDGET = 64_000_000  # pixels in all embedded pictures: about 10 MB as WebP
 SIZES = (256, 192, 128)  # px of an embedded picture, where the budget allows
 SHOWN = (4, 2, 1)  # pictures of a prompt
 SMALL = 64  # px where it allows none of these
+PROMPTS = 1000  # of which the report shows pictures
+DETAIL = 128
 EXTREMES = 10  # prompts at each end of a metric
 STUDY_PROMPTS = 6
 
@@ -61,17 +63,21 @@ class Gallery:
     def __init__(self, run: Run, px: int | None = None) -> None:
         self.run = run
         self.settings: list[Setting] = [s for s in run.settings if not s.study or "guidance" in s.study]
-        self.stages = list(dict.fromkeys(name for model in run.models.values() for name in model.stages))
+        drawn = [model for model in run.models.values() if model.kind == "cascade"]
+        self.stages = list(dict.fromkeys(name for model in drawn for name in model.stages))
+        self.prompts = self._first_prompts()
         self.shown, self.px = self._affordable(px)
         self._items: dict[tuple[str, str, int], list[Item]] = defaultdict(list)
         for item in run.items:
             self._items[item.model, item.setting, item.prompt].append(item)
         self._uris: dict[tuple[str, int], str] = {}
+        self.detail_px = min(self.px, DETAIL)  # outside of the categories
 
     def categories(self) -> list[tuple[str, list[Block]]]:
-        """Every prompt with the pictures of all models, shown settings and stages."""
+        """The shown prompts with the pictures of all models, shown settings and stages."""
         blocks: dict[str, list[Block]] = {name: [] for name in self.run.suite.categories}
-        for index, prompt in enumerate(self.run.suite.prompts):
+        for index in self.prompts:
+            prompt = self.run.suite.prompts[index]
             strips = [
                 self._strip(index, model, setting, stage)
                 for setting in range(len(self.settings))
@@ -109,9 +115,7 @@ class Gallery:
     def studies(self) -> list[tuple[str, list[str], list[tuple[str, list[Shot]]]]]:
         """(study, headings, rows of prompt and pictures): a prompt of each of the first categories, drawn by
         model A at every setting of a study."""
-        firsts = {
-            prompt.category: index for index, prompt in reversed(list(enumerate(self.run.suite.prompts)))
-        }
+        firsts = {self.run.suite.prompts[index].category: index for index in reversed(self.prompts)}
         chosen = sorted(firsts.values())[:STUDY_PROMPTS]
         names = dict.fromkeys(s.study for s in self.run.settings if s not in self.settings)
         tables = []
@@ -120,10 +124,19 @@ class Gallery:
             rows = []
             for index in chosen:
                 items = [self._items["A", s.id, index][0] for s in settings]
-                shots = [self._shot(item, self.run.stage("A"), min(self.px, 128)) for item in items]
+                shots = [self._shot(item, self.run.stage("A"), self.detail_px) for item in items]
                 rows.append((self.run.suite.prompts[index].text, shots))
             tables.append((study, [s.label or s.id for s in settings], rows))
         return tables
+
+    def _first_prompts(self) -> list[int]:
+        """All prompts of a suite of usual size; of a larger one the first of each category."""
+        most, shown, taken = PROMPTS // len(self.run.suite.categories), [], Counter[str]()
+        for index, prompt in enumerate(self.run.suite.prompts):
+            taken[prompt.category] += 1
+            if taken[prompt.category] <= most:
+                shown.append(index)
+        return shown
 
     def _affordable(self, px: int | None) -> tuple[int, int]:
         """(pictures of a prompt, px) that the budget allows."""
@@ -137,12 +150,11 @@ class Gallery:
     def _pixels(self, px: int) -> int:
         """Of one picture a prompt at every shown setting, by every model and stage."""
         one = sum(min(px, own) ** 2 for model in self.run.models.values() for own in model.stages.values())
-        return one * len(self.settings) * len(self.run.suite.prompts)
+        return one * len(self.settings) * len(self.prompts)
 
     def _strip(self, prompt: int, model: str, setting: int, stage: int | None) -> Strip:
-        items = self._items[model, self.settings[setting].id, prompt][: self.shown]
         name = self.run.stage(model, None if stage is None else self.stages[stage])
-        return Strip(model, setting, stage, tuple(self._shot(item, name, self.px) for item in items))
+        return Strip(model, setting, stage, self._shots(model, setting, prompt, name, self.px))
 
     def _ends(
         self, values: dict[int, float], models: Sequence[str], stage: str | None, sign: bool = False
@@ -153,16 +165,22 @@ class Gallery:
 
         def block(prompt: int) -> Block:
             strips = [
-                Strip(model, None, None, tuple(
-                    self._shot(item, self.run.stage(model, stage), min(self.px, 128))
-                    for item in self._items[model, self.settings[0].id, prompt][: self.shown]
-                ))
+                Strip(
+                    model,
+                    None,
+                    None,
+                    self._shots(model, 0, prompt, self.run.stage(model, stage), self.detail_px),
+                )
                 for model in models
-            ]  # fmt: skip
+            ]
             text = self.run.suite.prompts[prompt].text
             return Block(prompt, text, tuple(strips), estimate(values[prompt], None, None, sign)[0])
 
         return tuple(map(block, order[:count])), tuple(map(block, order[::-1][:count]))
+
+    def _shots(self, model: str, setting: int, prompt: int, stage: str, px: int) -> tuple[Shot, ...]:
+        items = self._items[model, self.settings[setting].id, prompt][: self.shown]
+        return tuple(self._shot(item, stage, px) for item in items)
 
     def _shot(self, item: Item, stage: str, px: int) -> Shot:
         name = (item.sha256[stage], px)

@@ -36,6 +36,7 @@ def make_run(
     per_prompt: int = 2,
     guidance: tuple[int, ...] = (),
     stages: dict[str, int] | None = None,
+    elsewhere: str = "",  # sides that are folders of pictures
     draw: Draw = colour,
 ) -> Run:
     texts = texts or {"Colors": ["a red apple", "a blue car"], "Odd ones": NASTY}
@@ -47,7 +48,11 @@ def make_run(
     ]
     models = {
         side: Model(
-            name=f"secret-{side}", path=f"models/{side}", sha256=side * 64, kind="cascade", stages=stages
+            name=f"secret-{side}",
+            path=f"models/{side}",
+            sha256=side * 64,
+            kind="pictures" if side in elsewhere else "cascade",
+            stages={"pictures": 32} if side in elsewhere else stages,
         )
         for side in sides
     }

@@ -143,6 +143,14 @@ def test_one_model_is_rated_or_compared_between_settings(tmp_path: Path) -> None
     assert [arm.setting for arm in read_key(tmp_path).arms] == ["default", "base.guidance=4"]
 
 
+def test_a_large_suite_is_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.blind.PROMPTS", 5)
+    run = make_run(tmp_path, texts={"all": [str(i) for i in range(20)]}, per_prompt=1, stages={"base": 4})
+    write_blind(run, seed=1)
+    rated = [trial.prompt for trial in read_key(tmp_path).trials if trial.kind == "rated"]
+    assert len(set(rated)) == len(rated) == 5 and sorted(rated) != list(range(5))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

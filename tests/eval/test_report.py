@@ -229,6 +229,25 @@ def test_the_gallery_keeps_to_its_budget(tmp_path: Path, monkeypatch: pytest.Mon
     assert (Gallery(run).shown, Gallery(run).px) == (1, 64)
 
 
+def test_pictures_made_elsewhere_stand_beside_every_stage(tmp_path: Path) -> None:
+    run = make_run(tmp_path, elsewhere="B", texts={"all": ["one"]}, per_prompt=1)
+    report = make_report(run)
+    page = Page(write_report(run, report).read_text())
+    inputs = {a["id"] for a in page.all("input") if a["name"] == "stage"}
+    assert inputs == {"stage-0", "stage-1", "stage-2"}
+    shown = [(a["class"], a.get("data-stage")) for a in page.all("div") if "data-pictured" in a]
+    assert sorted(shown, key=str) == [("strip A", "0"), ("strip A", "1"), ("strip A", "2"), ("strip B", None)]
+
+
+def test_a_large_suite_is_shown_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.report.gallery.PROMPTS", 4)
+    texts = {"few": ["a"], "many": [f"prompt {i}" for i in range(5)]}
+    run = make_run(tmp_path, sides="A", texts=texts, per_prompt=1, stages={"base": 4})
+    assert Gallery(run).prompts == [0, 1, 2]
+    report = make_report(run) | {"stage": "base"}
+    assert "3 of 6" in Page(write_report(run, report).read_text()).text
+
+
 def test_a_broken_picture_is_one_line(tmp_path: Path) -> None:
     run = make_run(tmp_path, sides="A", per_prompt=1)
     run.path(run.items[0]).write_bytes(b"\x89PNG broken")
