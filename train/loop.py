@@ -128,7 +128,8 @@ class Run:
         self.model.train()
         self.clock.restart()
         with self.stop.deferred():
-            for batch in batches(self._loader(first, steps), self.rank, self.world):
+            loader = self._loader(first, steps)
+            for batch in batches(loader, self._complete, self.rank, self.world):
                 self.clock.data_ready()
                 self._count(batch, reports)
                 due = self._due()
@@ -153,11 +154,15 @@ class Run:
             multiprocessing_context=FORK if cfg.workers else None,
         )
 
+    def _complete(self, batch: Batch) -> Batch:
+        """A loader's batch with what it could not encode, on the device."""
+        device = self.accelerator.device
+        completed = self.task.make.complete(batch, device)
+        return {name: x.to(device, non_blocking=True) for name, x in completed.items()}
+
     def _count(self, batch: Batch, reports: Reports) -> None:
         """Make a step of a batch, and count it."""
         before = self.counters.images
-        batch = self.task.make.complete(batch, self.accelerator.device)
-        batch = {name: x.to(self.accelerator.device, non_blocking=True) for name, x in batch.items()}
         with self.clock.computing():
             losses, norm = self._step(batch)
         self.checkpoints.join()  # before the step counts: a kill never costs more than a save interval

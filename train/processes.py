@@ -151,9 +151,13 @@ class Told(Dataset[Any]):
             return str(error)
 
 
-def batches(loader: Iterable[Any], rank: int, world: int) -> Iterator[Any]:
-    """The batches of a loader of `Told` data. Raises `Alone` for bad input."""
+def batches(loader: Iterable[Any], complete: Callable[[Any], T], rank: int, world: int) -> Iterator[T]:
+    """The batches of a loader of `Told` data, completed. Raises `Alone` for bad input."""
     for batch in loader:
-        if isinstance(batch, str):
-            raise Alone(f"rank {rank}: {batch}" if world > 1 else batch)
-        yield batch
+        try:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            completed = complete(batch)
+        except InputError as error:
+            raise Alone(f"rank {rank}: {error}" if world > 1 else str(error)) from None
+        yield completed
