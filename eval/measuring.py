@@ -44,8 +44,13 @@ class Measuring:
         """Raises InputError where an extractor cannot be loaded, or has nothing to compare with."""
         self.run, self.reference, self.seed = run, reference, seed
         self.texts = list(dict.fromkeys(prompt.text for prompt in run.suite.prompts))
+        self.place = {text: place for place, text in enumerate(self.texts)}
         self.categories = [prompt.category for prompt in run.suite.prompts]
-        self.imports = [(name, Path(source)) for name, source in specs if name not in GAUGES]
+        self.imported: dict[str, tuple[Path, exchange.Found]] = {}
+        for kind, source in specs:
+            if kind in exchange.IMPORTS:
+                found = exchange.IMPORTS[kind](run, Path(source))
+                self.imported |= {name: (Path(source), figures) for name, figures in found.items()}
         self.extractors: dict[str, Extractor] = {}
         for name, source in specs:
             if name in GAUGES:
@@ -83,7 +88,7 @@ class Measuring:
             for column, items in self._columns(stage):
                 items = [i for i in items if self._wanted(i) is not None] if gauge.words_only else items
                 if items:
-                    own = torch.tensor([self.texts.index(item.text) for item in items])
+                    own = torch.tensor([self.place[item.text] for item in items])
                     rows = self._rows(name, column, items, stage)
                     seen[column] = items, Seen(extractor, rows, texts, own)
             for score in gauge.scores:
@@ -99,26 +104,20 @@ class Measuring:
                 yield score.name, entry | ({"note": gauge.note} if gauge.note else {}), columns
 
     def _imported(self) -> Iterator[tuple[str, Table, dict[Column, Tensor]]]:
-        for kind, source in self.imports:
-            for name, found in exchange.IMPORTS[kind](self.run, source).items():
-                columns = {
-                    column: self._by_prompt(self.run.select(*column), torch.tensor(values))
-                    for column, values in found.items()
-                }
-                yield (
-                    name,
-                    {
-                        "title": exchange.TITLES.get(name, name),
-                        "unit": "",
-                        "higher_is_better": True,
-                        "model": f"scored elsewhere, read from {source.name}",
-                        "resize": "the scorer's own",
-                        "values": estimate(
-                            columns, self.categories, self.seed, name in BALANCED, name in SHARES
-                        ),
-                    },
-                    columns,
-                )
+        for name, (source, found) in self.imported.items():
+            columns = {
+                column: self._by_prompt(self.run.select(*column), torch.tensor(values))
+                for column, values in found.items()
+            }
+            entry = {
+                "title": exchange.TITLES.get(name, name),
+                "unit": "",
+                "higher_is_better": True,
+                "model": f"scored elsewhere, read from {source.name}",
+                "resize": "the scorer's own",
+                "values": estimate(columns, self.categories, self.seed, name in BALANCED, name in SHARES),
+            }
+            yield name, entry, columns
 
     def _by_prompt(self, items: Sequence[Item], scores: Tensor) -> Tensor:
         """Mean over each prompt's pictures, NaN for a prompt without one: P."""

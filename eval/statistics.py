@@ -3,7 +3,7 @@
 The unit is the prompt: pictures of one prompt are averaged first, for they are no independent evidence.
 Intervals of means are bootstrap intervals over prompts. Plain percentile intervals are too narrow for the 7
 to 38 prompts of a DrawBench category (of normal scores they cover 88% at 7 and 93% at 20), and BCa, which
-mends skewness, is as narrow; so the percentiles are moved out (94% at 7, 95% from 10 on).
+mends skewness, is as narrow; so the percentiles are moved out (93% at 7, 94 to 95% from 10 on).
 """
 
 from __future__ import annotations
