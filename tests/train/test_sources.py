@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import itertools
 import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ from train.data.config import DataConfig
 from train.data.order import Shuffle, Shuffled, Streamed
 from train.data.shards import TarPictures
 from train.data.table import expand
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def read_all(pictures: PictureSet) -> dict[str, tuple[str, str]]:
@@ -383,9 +380,6 @@ def test_what_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = str(tmp_path)
     refuses(DataConfig(name="folder", folder=folder), "no pictures in .*metadata.jsonl or metadata.csv")
     refuses(DataConfig(name="parquet", folder=folder, files=(f"{folder}/x.parquet",)), "no such file")
-    refuses(
-        DataConfig(name="hub", folder=folder, hub="nobody/nothing"), "cannot read data set nobody/nothing: "
-    )
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     refuses(
         DataConfig(name="webdataset", folder=folder, files=(f"{folder}/bad.tar",)), "not a whole tar file"
@@ -395,6 +389,13 @@ def test_what_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
     refuses(replace(cfg, ranges={"text": (1.0, None)}), "column text of .*: expected numbers")
     (tmp_path / "set" / "metadata.jsonl").write_text("{")
     refuses(cfg, "cannot read data set ")
+
+
+def test_a_set_of_the_hub_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("datasets.config", "huggingface_hub.constants"):  # whoever imported them first
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    cfg = DataConfig(name="hub", folder=str(tmp_path), hub="nobody/nothing")
+    refuses(cfg, "cannot read data set nobody/nothing: ")
 
 
 @pytest.mark.parametrize(

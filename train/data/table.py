@@ -61,8 +61,7 @@ class TablePictures(PictureSet):
         forms = self._forms(index)
         if not forms:
             return ""
-        columns = [c for c in forms if self.cfg.captions[c]] or list(forms)
-        column = columns[weighted([self.cfg.captions[c] or 1.0 for c in columns], seed)]
+        column = list(forms)[weighted([self.cfg.captions[c] for c in forms], seed)]
         if column in self.cfg.tags and self.cfg.tag_drop:
             return self._some_tags(forms[column][0].split(", "), seed)
         texts = forms[column]
@@ -95,10 +94,10 @@ class TablePictures(PictureSet):
         return np.load(path, mmap_mode="r")
 
     def _forms(self, index: int) -> dict[str, list[str]]:
-        """Column -> its captions, without those that are empty."""
+        """Column -> its captions, without those that are empty or have no weight."""
         row = self._texts[index]
         forms = {}
-        for column in self.cfg.captions:
+        for column in (c for c, weight in self.cfg.captions.items() if weight):
             texts = row[column] if isinstance(row[column], list) else [row[column]]
             texts = [t.strip() for t in texts if isinstance(t, str) and t.strip()]
             if column in self.cfg.tags:
