@@ -4,6 +4,7 @@ python -m eval skills --out runs/skills                              the embedde
 accelerate launch -m eval drawbench DrawBench.csv --model A --against B --per-prompt 8 --out RUN
 accelerate launch -m eval coco captions_val2014.json --references val2014 --model A --out RUN
 python -m eval measure|report|blind RUN, python -m eval tally RUN votes/*.json     one part of it again
+python -m eval export RUN geneval|vqascore                           pictures for scorers elsewhere
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 after bad input (one line on stderr), 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parts = {"measure": _measure, "report": _report, "blind": _blind, "tally": _tally}
+    parts = {"measure": _measure, "report": _report, "blind": _blind, "tally": _tally, "export": _export}
     try:
         name = argv[0] if argv else ""
         return parts[name](argv[1:]) if name in parts else _evaluate(argv)
@@ -198,6 +199,24 @@ def _blind(argv: list[str]) -> int:
 
     choice = {name: getattr(arguments, name) for name in ("setting", "against", "stage", "seed")}
     print(write_blind(read_run(arguments.run), **choice))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = _part_parser("export", "write the folders that a scorer elsewhere takes (see eval.exchange)")
+    parser.add_argument("scorer", metavar="SCORER", help="geneval or vqascore")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export/SCORER")
+    parser.add_argument("--stage", metavar="STAGE", help="whose pictures (default: the last)")
+    arguments = _parse(parser, argv)
+    from eval.exchange import EXPORTS
+    from eval.run import read_run
+
+    run, scorer = read_run(arguments.run), arguments.scorer
+    if scorer not in EXPORTS:
+        raise unknown("scorer", scorer, EXPORTS)
+    out = arguments.out or run.folder / "export" / scorer
+    EXPORTS[scorer](run, out, arguments.stage)
+    print(f"{out}: once it is scored, python -m eval measure {run.folder} --metrics {scorer}={out}")
     return 0
 
 

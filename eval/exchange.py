@@ -109,6 +109,7 @@ def import_scores(run: Run, path: Path) -> dict[str, Found]:
     return measures
 
 
+EXPORTS = {"geneval": export_geneval, "vqascore": export_vqascore}
 IMPORTS = {"geneval": import_geneval, "vqascore": import_vqascore, "scores": import_scores}
 TITLES = {"geneval": "GenEval, mean of tasks", "vqascore": "VQAScore"}
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cascade.errors import InputError
+from eval.__main__ import main
 from eval.exchange import (
     export_geneval,
     export_vqascore,
@@ -86,6 +87,14 @@ def test_any_csv_of_figures(run: Run, tmp_path: Path) -> None:
     assert found == {
         name: {("B", "default"): [sign * n for n in range(6)]} for name, sign in (("dpg", 1), ("other", -1))
     }
+
+
+def test_export_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run.folder), "vqascore", "--stage", "base"]) == 0
+    assert (run.folder / "export" / "vqascore" / "B" / "default" / "dataset.json").is_file()
+    assert "--metrics vqascore=" in capsys.readouterr().out
+    assert main(["export", str(run.folder), "genval"]) == 2
+    assert "unknown scorer 'genval'" in (line := capsys.readouterr().err) and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
