@@ -115,7 +115,8 @@ class Cascade:
         if not ordered and prior is None:
             raise InputError("stages: expected at least one, or a prior")
         embed_dim = getattr(getattr(prior, "config", None), "embed_dim", None)
-        check_fit([stage.config for stage in ordered], tuple(text_encoder.dims), embed_dim)
+        told = any(stage.config.unet.text_dims for stage in ordered)  # else an encoder need not be at hand
+        check_fit([stage.config for stage in ordered], tuple(text_encoder.dims) if told else (), embed_dim)
 
     # -- folders -------------------------------------------------------------------------------------------
 

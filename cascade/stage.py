@@ -316,8 +316,7 @@ class Stage(nn.Module):
                 f"{what}: stage {self.config.name} was trained on token widths {list(dims)}, "
                 f"the text encoder gives {list(widths)}"
             )
-        # token ids must stay what they are: bfloat16 holds whole numbers to 256 alone
-        return text.to(self.device, torch.float32 if self.config.unet.text_transformer else self.dtype)
+        return text.to(self.device, self.dtype)
 
     def _accept_embed(self, image_embed: Tensor | None) -> Tensor | None:
         dim = self.config.unet.image_embed_dim

@@ -289,8 +289,10 @@ class DiscreteSchedule(Schedule):
         if spacing == "leading":
             return self.respaced([TRAIN_STEPS // steps * i for i in range(steps)])
         if spacing == "linspace":
-            stride = (TRAIN_STEPS - 1) / max(1, steps - 1)
-            return self.respaced([round(TRAIN_STEPS - 1 - stride * i) for i in range(steps)])
+            last = TRAIN_STEPS - 1
+            return self.respaced(
+                [round(last / (steps - 1) * i) for i in range(steps)] if steps > 1 else [last]
+            )
         wanted = self.index(super().grid(steps, spacing)[1:-1]).tolist()
         indices = [TRAIN_STEPS - 1]
         for left, index in zip(range(steps - 2, -1, -1), wanted, strict=True):

@@ -188,7 +188,7 @@ class _Reader:
             )
             own: dict[str, Any] = dict(projection=True) if clip else dict(clean=True)
             return TextFiles({**reference, **own}, self.folder, (TEXT, TOKENIZER))
-        dims = next((list(width) for width in map(_text_dims, parts.values()) if width), [])
+        dims = next((list(width) for width in map(text_dims, parts.values()) if width), [])
         kind = "CLIP's text tower with its projection" if clip else "T5 (v1.1 XXL in the published models)"
         width = f", {dims[0]} wide" if dims else ""
         return TextFiles(
@@ -247,6 +247,9 @@ def _in_channels(folder: Path) -> Any:
     return read_mapping(folder / checkpoint.CONFIG).get("in_channels")
 
 
-def _text_dims(part: Part) -> tuple[int, ...]:
+def text_dims(part: Part) -> tuple[int, ...]:
+    """Widths of the token sequences that a part takes."""
     stage = part.stage
-    return stage.unet.text_dims if stage is not None else (part.config["text_dim"],)
+    if stage is not None:
+        return stage.unet.text_dims
+    return (part.config["text_dim" if "text_dim" in part.config else "width"],)

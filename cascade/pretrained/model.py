@@ -53,10 +53,13 @@ class TextFiles:
     reference: dict[str, Any]
     root: Path
     folders: tuple[str, ...] = ()
+    expected: tuple[int, ...] | None = None  # widths of its token sequences where the parts tell them
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Widths of its token sequences."""
+        """Widths of its token sequences, those of its files where they are at hand."""
+        if self.expected is not None and not self.folders:
+            return self.expected
         return tuple(load_text_encoder(self.reference, self.root).dims)
 
     def stored(self, place: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from cascade.config import (
     to_dict,
 )
 from cascade.errors import InputError
-from cascade.pretrained.folders import FACTOR, IF, KARLO, LICENCES, TEXT_LENGTH
+from cascade.pretrained.folders import FACTOR, IF, KARLO, LICENCES, TEXT_LENGTH, text_dims
 from cascade.pretrained.model import Model, Part, Read, TextFiles
 from cascade.pretrained.source import LEGACY, find_licence, read_tensors
 from cascade.pretrained.unet import tensors_from_original, unet_from_original
@@ -216,7 +216,9 @@ class _Reader:
         self, family: str, parts: dict[str, Part], text: dict[str, Any], missing: tuple[str, ...] = ()
     ) -> Model:
         licence = find_licence(self.folder, {**LICENCES, GLIDE: "MIT", LAION: "MIT"}[family])
-        return Model(self.folder, family, parts, (TextFiles(text, self.folder),), licence, (), missing)
+        widths = [width for width in map(text_dims, parts.values()) if width]
+        files = TextFiles(text, self.folder, expected=widths[0] if widths else ())
+        return Model(self.folder, family, parts, (files,), licence, (), missing)
 
     # -- files ---------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class GlideReference:
 
 
 class GlideTokens:
-    """Token ids as a sequence of width 1: the network embeds them itself. The mask ends with the prompt; ""
+    """Token ids (int64) as a sequence of width 1: the network embeds them. The mask ends with the prompt; ""
     has no token at all."""
 
     dims = (1,)
@@ -59,7 +59,7 @@ class GlideTokens:
             kept = row[: self.max_length]
             ids[i, : len(kept)] = torch.tensor(kept, dtype=torch.long)
             mask[i, : len(kept)] = True
-        return TextEmbedding((Tokens(ids[..., None].float().to(self.device), mask.to(self.device)),))
+        return TextEmbedding((Tokens(ids[..., None].to(self.device), mask.to(self.device)),))
 
     def to(self, device: torch.device | str) -> Self:
         self.device = torch.device(device)

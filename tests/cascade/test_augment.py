@@ -213,3 +213,31 @@ def test_residual_base_is_the_input_at_level_0_nothing_at_level_1_and_the_best_l
         assert (other * base[1] - clean[1]).square().mean() > error
     variance = augment.residual_variance(level, cfg)
     assert variance.tolist() == pytest.approx([0.0, error.item(), augment.PICTURE_VARIANCE], rel=0.02)
+
+
+def test_levels_of_a_discrete_grid_are_diffusers_steps():
+    """Aug level a is step floor(1000 a) of 1000, for the noise and for what the network is told."""
+    diffusers = pytest.importorskip("diffusers")
+    steps = torch.tensor([0, 1, 29, 250, 333, 999])
+    levels = torch.tensor([0.0004, 0.001, 0.029, 0.25, 0.3339, 1.0])
+    picture, noise = smooth(6), torch.randn(6, 3, 16, 16)
+    for schedule, theirs in (("discrete_cosine", "squaredcos_cap_v2"), ("discrete_linear", "linear")):
+        beta = dict(beta_start=1e-4, beta_end=0.02)
+        expected = diffusers.DDPMScheduler(beta_schedule=theirs, **beta).add_noise(picture, noise, steps)
+        got = augment.noise_lowres(picture, levels, noise, schedule)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(1000 * augment.told_level(levels, schedule), steps.float())
+    assert torch.equal(augment.told_level(levels, "cosine"), levels)
+
+
+def test_enlarging_by_aligned_corners_and_rounding_to_8_bits():
+    picture = smooth()
+    aligned = augment.upsample(picture, (31, 31), "bilinear_aligned")
+    torch.testing.assert_close(aligned[..., ::2, ::2], picture)  # 16 px to 31: every other is one of the 16
+    level, noise = torch.zeros(2), torch.zeros(2, 3, 32, 32)
+    rounded = augment.condition_lowres(
+        picture, (32, 32), AugmentConfig(upsample="bilinear", eight_bit=True), level, noise
+    )
+    eight_bit = ((picture + 1) * 127.5).round() / 127.5 - 1
+    assert not torch.equal(eight_bit, picture)
+    torch.testing.assert_close(rounded, augment.upsample(eight_bit, (32, 32), "bilinear"))

@@ -217,3 +217,22 @@ def test_hub_name_without_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(InputError, match=r"no folder and no hub repository in reach: no connection$"):
         load_text_encoder({"kind": "hf", "name": "google/t5-small"})(["cat"])
+
+
+def test_clip_with_its_projection_padded_with_zeros_from_a_variant(tmp_path):
+    """As Karlo reads it: all states, the projected embedding as it is, padding by the token 0; fp16 files."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ids = dict(vocab_size=10, bos_token_id=3, eos_token_id=1, pad_token_id=2)
+    config = transformers.CLIPTextConfig(**sizes, **ids, projection_dim=6)
+    network = transformers.CLIPTextModelWithProjection(config).eval()
+    network.save_pretrained(tmp_path, variant="fp16")
+    save_tokenizer(tmp_path, length=9, pad="<unk>")
+    reference = {"kind": "hf", "name": str(tmp_path), "max_length": 9, "projection": True, "pad_id": 0}
+    text = load_text_encoder(reference)(["a red apple", ""])
+    rows = torch.tensor([[3, 4, 5, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        expected = network(input_ids=rows)
+    torch.testing.assert_close(text.sequences[0].states, expected.last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text.pooled, expected.text_embeds, atol=1e-5, rtol=0)
+    assert text.sequences[0].mask.sum(1).tolist() == [4, 1]
