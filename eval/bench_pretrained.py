@@ -62,9 +62,14 @@ def if_shaped(stage: str, width: int, px: int, text_dim: int) -> StageConfig:
     )
     augment = AugmentConfig(upsample="bilinear_aligned", schedule="discrete_cosine")
     sampling = replace(IF_I_XL.sampling, guidance=4.0, threshold_cap=1.0, aug_level=0.25)
-    sizes: dict[str, int] = dict(image_px=px, lowres_px=px // 4)
     return StageConfig(
-        name="sr", unet=unet, augment=augment, diffusion=IF_I_XL.diffusion, sampling=sampling, **sizes
+        name="sr",
+        image_px=px,
+        lowres_px=px // 4,
+        unet=unet,
+        augment=augment,
+        diffusion=IF_I_XL.diffusion,
+        sampling=sampling,
     )
 
 
