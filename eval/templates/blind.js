@@ -226,3 +226,4 @@ document.addEventListener("keydown", (event) => {
 
 $("rater").value = recall(store) ?? "";
 only("start");
+$("rater").focus();

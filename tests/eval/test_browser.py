@@ -145,13 +145,14 @@ def preferred(page: Any) -> str:
     """Which set on the screen is A's or, in a control trial, belongs to the caption: with noise, the even
     one; else the one whose colour is that of the prompt (green is 37 times its number)."""
     colours = page.evaluate(
-        """() => [...document.querySelectorAll("#sets .set")].map((set) => {
+        """() => Promise.all([...document.querySelectorAll("#sets .set")].map(async (set) => {
             const canvas = document.createElement("canvas");
             canvas.width = canvas.height = 16;
             const context = canvas.getContext("2d");
+            await set.querySelector("img").decode();
             context.drawImage(set.querySelector("img"), 0, 0, 16, 16);
             return [...context.getImageData(0, 0, 16, 16).data];
-        })"""
+        }))"""
     )
     spread = [max(pixels[0::4]) - min(pixels[0::4]) for pixels in colours]
     if max(spread) > 40:  # noise
