@@ -269,3 +269,25 @@ def test_groups_are_equal_for_the_same_caption_alone(pictures: EmojiPictures) ->
     for i, a in enumerate(names):
         for j, b in enumerate(names):
             assert (groups[i] == groups[j]) == (a == b)
+
+
+GUESS = ["base.stage.unet.position_grid=16", "base.stage.unet.guess_width=8", "base.train.guess_batch=16"]
+
+
+def test_a_guess_learns_from_the_same_pictures_at_any_number_of_processes(make: Make) -> None:
+    whole = batch_of(make("base", *GUESS), 3)
+    parts = [batch_of(make("base", *GUESS), 3, rank=rank, world=2) for rank in range(2)]
+    for name in [n for n in whole if n.startswith("guess_")]:
+        rows = [p[name].unflatten(0, (-1, 2)) for p in parts]  # two a position
+        assert torch.equal(torch.stack(rows, dim=1).flatten(0, 2), whole[name]), name
+    assert len(whole["guess_x"]) == 2 * len(whole["x"])
+    assert not torch.equal(whole["guess_x"][: len(whole["x"])], whole["x"])
+
+
+def test_image_noise_is_of_the_embeddings_own_scale(make: Make) -> None:
+    clean, noised = (batch_of(make("base", *GUESS, f"base.train.image_noise={n}"), 3) for n in (0.0, 0.5))
+    assert "embed_noise" not in noised
+    for name in ("image_embed", "guess_image_embed"):
+        gap = (noised[name] - clean[name]) * EMBED**0.5 / 0.5  # unit Gaussian
+        assert gap.mean().abs() < 0.3 and 0.8 < gap.std() < 1.2, name
+        assert not torch.equal(gap[0], gap[1])
