@@ -46,7 +46,8 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged network, under the network's own names."""
-        return {name: self.average.get(name, t.detach()) for name, t in self._module.state_dict().items()}
+        network = {name: t.detach() for name, t in self._module.state_dict().items()}
+        return network | self.average
 
 
 class PowerEMA(EMA):

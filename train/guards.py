@@ -57,15 +57,16 @@ class Skips:
     def add(self, report: Report) -> None:
         self.in_a_row = 0 if report.finite else self.in_a_row + 1
 
-    def check(self) -> None:
-        if self.in_a_row >= self.limit:
+    def check(self, last: bool = False) -> None:
+        """Raises InputError where too many were skipped; at the `last` step, where that was."""
+        if self.in_a_row >= (1 if last else self.limit):
             found = f"{self.in_a_row} updates in a row were skipped, as loss or gradient was not finite"
             raise InputError(
                 f"stage {self.stage}: {found}: lower train.lr, or look at the samples named above"
             )
 
 
-def skip_event(stage: str, report: Report, samples: list[int], t: list[float], losses: list[float]) -> dict:
+def skip_event(stage: str, images: int, samples: list[int], t: list[float], losses: list[float]) -> dict:
     """The record of a skipped update: the samples whose loss is not finite, or all where only the gradient is
     not. `samples`, `t` and `losses` are those of the whole batch; t may be empty, and losses one for all."""
     bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -73,7 +74,7 @@ def skip_event(stage: str, report: Report, samples: list[int], t: list[float], l
     return {
         "event": "skipped",
         "stage": stage,
-        "images": report.images,
+        "images": images,
         "what": "loss" if bad else "gradient",
         "samples": [samples[i] for i in chosen],
         "t": [t[i] for i in chosen] if t else [],

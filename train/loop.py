@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from cascade import random
 from cascade.config import to_dict
 from cascade.images import save_png
+from cascade.nn.unet import UNet
 from train.batches import Batch, Batches
 from train.checkpoints import Checkpoints, record
 from train.ema import EMA, PowerEMA
@@ -100,11 +101,13 @@ class Run:
         cfg, task = self.cfg, self.task
         if self.accelerator.distributed_type != DistributedType.FSDP:  # it takes contiguous parameters alone
             task.network.to(memory_format=torch.channels_last)
-        task.network.gradient_checkpointing = cfg.gradient_checkpointing
+        if isinstance(task.network, UNet):
+            task.network.gradient_checkpointing = cfg.gradient_checkpointing
         if cfg.compile:
             task.compile()
         present = {type(module).__name__ for module in task.modules()}
-        task._no_split_modules = [name for name in GATHERED if name in present]  # where Accelerate looks
+        # where Accelerate looks; nn.Module's own __setattr__ is typed for parameters and modules alone
+        vars(task)["_no_split_modules"] = [name for name in GATHERED if name in present]
         optimizer = make_optimizer(cfg, task.network.parameters())
         self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
         task.processes = self.world
@@ -174,7 +177,7 @@ class Run:
         shared = cast(Tensor, self.accelerator.reduce(own, "sum"))
         reports.add(before, torch.cat([norm.float().view(1), shared]), (losses, t))
 
-    def _step(self, batch: Batch) -> Kept:
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update. Returns the losses of this process's samples, and the norm of the gradient."""
         cfg, images, accelerator = self.cfg, self.counters.images, self.accelerator
         # what the network itself draws (dropout) does not depend on how often training was resumed
@@ -212,13 +215,13 @@ class Run:
             low, high = quarter / BINS, (quarter + 1) / BINS
             event = {
                 "event": "spike",
-                "images": report.images,
+                "images": after,
                 "t": [low, high],
                 "loss": loss,
                 "median": median,
             }
             message = f"the loss jumped to {loss:.3g} at t {low} to {high}, where {median:.3g} is usual"
-            self.log.event(event, f"{self.stage} {report.images:>9,}  {message}")
+            self.log.event(event, f"{self.stage} {after:>9,}  {message}")
         if report.stop or after >= self.total or crossed(report.images, after, cfg.log_images):
             self.counters.seconds += self.log.flush(after, self.total, learning_rate(cfg, report.images))
         return report.stop
@@ -232,7 +235,7 @@ class Run:
             for x in (positions, t, losses)
         ]
         samples = self.task.make.samples(gathered[0])
-        event = skip_event(self.stage, report, samples, *gathered[1:])
+        event = skip_event(self.stage, report.images + self.cfg.batch, samples, *gathered[1:])
         self.log.event(event, skip_message(event))
 
     def _pause(self, due: dict[str, bool], stopped: bool) -> None:
@@ -246,7 +249,7 @@ class Run:
                 with self.stop.at_once(), self.clock.paused():
                     self._show(due, component)
         elif done:
-            self.skips.check(limit=1)
+            self.skips.check(last=True)
         if stopped:
             raise Preempted
 

@@ -32,7 +32,7 @@ def make_optimizer(cfg: TrainConfig, parameters: Iterable[nn.Parameter]) -> torc
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(trained, fused=True, **settings)
     try:
-        from bitsandbytes.optim import AdamW8bit  # an extra, which imports slowly
+        from bitsandbytes.optim.adamw import AdamW8bit  # an extra, which imports slowly
     except ImportError:
         expected = "bitsandbytes (pip install bitsandbytes), or optimizer: adamw"
         raise InputError(f"train.optimizer adamw8bit: expected {expected}") from None

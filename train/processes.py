@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
-from torch import distributed
+from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
 from cascade.errors import InputError
@@ -41,6 +41,8 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
     AcceleratorState._reset_state()  # a stage before may differ in precision; the process group stays
     if cfg.precision == "fp16" and not torch.cuda.is_available():
         raise InputError(f"{stage}.train.precision fp16: expected a GPU; no and bf16 need none")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
+        raise InputError(f"launch settings: fsdp_version {os.environ.get('FSDP_VERSION', 1)}: expected 2")
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes without a GPU stay strangers
@@ -52,7 +54,11 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
             _shard_on_cpu(accelerator)
     except (ValueError, ImportError) as error:
         raise InputError(f"launch settings: {str(error).strip().splitlines()[0]}") from None
-    _check(accelerator, cfg, stage)
+    try:
+        _check(accelerator, cfg, stage)
+    except InputError:
+        accelerator.wait_for_everyone()  # one that left now would break the connection of those still to come
+        raise
     return accelerator
 
 
@@ -74,12 +80,12 @@ def _check(accelerator: Accelerator, cfg: TrainConfig, stage: str) -> None:
     if accelerator.gradient_accumulation_steps != cfg.accumulate:
         found = f"gradient_accumulation_steps {accelerator.gradient_accumulation_steps} of the launch"
         raise InputError(f"{found}: expected {where}.accumulate, {cfg.accumulate}; set it there alone")
-    if sharded and not accelerator.is_fsdp2:
-        raise InputError("launch settings: fsdp_version 1: expected 2")
     if sharded and cfg.precision == "fp16":
         raise InputError(f"{where}.precision fp16: expected bf16 under FSDP")
     if sharded and cfg.optimizer != "adamw":
         raise InputError(f"{where}.optimizer {cfg.optimizer}: expected adamw under FSDP")
+    if cfg.gradient_checkpointing and stage in ("clip", "prior"):
+        raise InputError(f"{where}.gradient_checkpointing: expected false, as this stage has no U-Net")
     if stage == "clip" and cfg.accumulate > 1:
         why = "as every caption is held against every picture of the batch"
         raise InputError(f"{where}.accumulate {cfg.accumulate}: expected 1, {why}")
@@ -108,7 +114,7 @@ def in_turn(accelerator: Accelerator, make: Callable[[], T]) -> T:
 def agree(accelerator: Accelerator, error: InputError | None) -> None:
     """End all processes where one has an error: the first of them raises it, the others `Ended`."""
     flag = torch.tensor([error is not None], device=accelerator.device)
-    failed = accelerator.gather(flag).nonzero().flatten().tolist()
+    failed = cast(Tensor, accelerator.gather(flag)).nonzero().flatten().tolist()
     if not failed:
         return
     if error is None or failed[0] != accelerator.process_index:
@@ -119,7 +125,7 @@ def agree(accelerator: Accelerator, error: InputError | None) -> None:
 def chosen_by_main(accelerator: Accelerator, number: int) -> int:
     """The main process's number, on all."""
     flag = torch.tensor([number], device=accelerator.device)
-    return int(accelerator.gather(flag)[0])
+    return int(cast(Tensor, accelerator.gather(flag))[0])
 
 
 @contextmanager

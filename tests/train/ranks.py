@@ -48,9 +48,7 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # ends its input, and with it the process
 
     def _ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -97,21 +97,27 @@ def test_a_row_of_skips_ends_the_run_and_a_step_between_does_not() -> None:
     skips.add(bad)
     with pytest.raises(InputError, match="stage base: 3 updates in a row were skipped"):
         skips.check()
+    skips.add(report())
+    skips.check(last=True)
+    skips.add(bad)
+    skips.check()
+    with pytest.raises(InputError, match="1 updates in a row"):
+        skips.check(last=True)
 
 
 def test_the_samples_of_a_skipped_update_are_named() -> None:
     samples, t = list(range(10, 22)), [i / 12 for i in range(12)]
     losses = [1.0] * 12
-    event = skip_event("base", report(96), samples, t, losses)
+    event = skip_event("base", 96, samples, t, losses)
     assert event["what"] == "gradient" and event["samples"] == samples
     assert skip_message(event).endswith("17 (t 0.583) and 4 more")
     losses[3] = math.nan
-    event = skip_event("base", report(96), samples, t, losses)
+    event = skip_event("base", 96, samples, t, losses)
     assert (event["what"], event["samples"], event["t"]) == ("loss", [13], [0.25])
     assert (
         skip_message(event) == "base        96  update skipped, the loss is not finite; samples 13 (t 0.250)"
     )
-    event = skip_event("clip", report(0), [4, 5], [], [math.inf])  # one loss for the whole batch
+    event = skip_event("clip", 8, [4, 5], [], [math.inf])  # one loss for the whole batch
     assert (event["samples"], event["t"]) == ([4, 5], [])
     assert "samples 4, 5" in skip_message(event)
 
