@@ -14,7 +14,7 @@ from torch import Tensor
 from cascade import checkpoint
 from cascade.errors import InputError
 from cascade.fit import check_fit
-from cascade.pretrained.model import Model, TextFiles, merge, open_model, select
+from cascade.pretrained.model import Model, TextFiles, is_own, merge, open_model, select
 from cascade.pretrained.source import LEGACY, Licence, has_weights, read_tensors, write_tensors
 
 LICENCE_FILE = "LICENSE"
@@ -38,7 +38,10 @@ def _open(source: str, allow_legacy: bool) -> Model:
     chosen = None
     if not Path(source).exists() and (match := re.fullmatch(r"(.+):([\w,-]+)", source)):
         source, chosen = match[1], match[2].split(",")
-    model = open_model(checkpoint.resolve_source(source, legacy=allow_legacy), allow_legacy)
+    folder = checkpoint.resolve_source(source, legacy=allow_legacy)
+    if is_own(folder):
+        checkpoint.verify(folder, checkpoint.read_index(folder))
+    model = open_model(folder, allow_legacy)
     return model if chosen is None else select(model, chosen)
 
 

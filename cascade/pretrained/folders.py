@@ -182,7 +182,7 @@ class _Reader:
     def _text(self, parts: Mapping[str, Part]) -> TextFiles:
         """The folder's text encoder, or what stands for it."""
         clip = self.family != IF
-        if all((self.folder / place).is_dir() for place in (TEXT, TOKENIZER)) and self._weights(TEXT):
+        if has_weights(self.folder / TEXT) and (self.folder / TOKENIZER).is_dir():
             reference = dict(
                 kind="hf", name=".", subfolder=TEXT, tokenizer_subfolder=TOKENIZER, max_length=TEXT_LENGTH
             )
@@ -232,10 +232,6 @@ class _Reader:
 
     def _has(self, place: str, present: set[str]) -> bool:
         return place in present and (self.folder / place).is_dir()
-
-    def _weights(self, place: str) -> bool:
-        """Whether there are weights; a pickle of a text encoder counts where it may be converted."""
-        return has_weights(self.folder / place)
 
 
 def _class(folder: Path) -> str | None:

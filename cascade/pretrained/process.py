@@ -5,7 +5,6 @@ A scheduler says at which noise levels a network was trained and, beside it, how
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -128,8 +127,3 @@ def process_to_diffusers(diffusion: DiffusionConfig, sampling: SamplingConfig) -
         "timestep_spacing": spacings[sampling.spacing],
         "steps_offset": 0,
     }
-
-
-def same_process(ours: float, theirs: float) -> bool:
-    """Equal, an unbounded threshold being a large one in diffusers."""
-    return ours == theirs or (math.isinf(ours) and theirs == UNBOUNDED)

@@ -19,6 +19,7 @@ from cascade.errors import InputError
 from cascade.text.base import FrozenEncoder, TokenIds
 from cascade.text.clean import clean_caption
 from cascade.text.files import digests, first_line, resolve, verify
+from cascade.text.int8 import to_int8
 
 T5_CLASSES = {  # each variant has its own attention biases; AutoModel would load the decoder too
     "t5": "T5EncoderModel",
@@ -45,6 +46,7 @@ class HuggingFaceReference:
         False  # of CLIP: give the projected embedding, as it is, as `pooled` (Karlo, Kandinsky)
     )
     pad_id: int | None = None  # of padding tokens; None: the tokeniser's own (Karlo's own programs: 0)
+    int8: bool = False  # keep the weights of linear layers in 8 bits: half the memory of bfloat16
     sha256: dict[str, str] = field(default_factory=dict)  # checked before loading
 
     def __post_init__(self) -> None:
@@ -165,6 +167,8 @@ class HuggingFaceEncoder(FrozenEncoder):
             self._check_length(config, tokenizer)
             place = folder / self.config.subfolder
             model = _load_network(place, config, self.dtype, self.config.name, self.config.projection)
+            if self.config.int8:
+                to_int8(model)
             self._loaded = tokenizer, model.to(device=self.device).eval().requires_grad_(False)
         return self._loaded
 

@@ -236,3 +236,18 @@ def test_clip_with_its_projection_padded_with_zeros_from_a_variant(tmp_path):
     torch.testing.assert_close(text.sequences[0].states, expected.last_hidden_state, atol=1e-5, rtol=0)
     torch.testing.assert_close(text.pooled, expected.text_embeds, atol=1e-5, rtol=0)
     assert text.sequences[0].mask.sum(1).tolist() == [4, 1]
+
+
+def test_t5_in_8_bits_says_nearly_the_same_in_less_memory(tmp_path):
+    save_t5(tmp_path, "t5")
+    reference = {"kind": "hf", "name": str(tmp_path), "max_length": 9}
+    full = load_text_encoder(reference, dtype=torch.float32)
+    small = load_text_encoder({**reference, "int8": True}, dtype=torch.float32)
+    a, b = (encoder(PROMPTS).sequences[0].states[0, :4] for encoder in (full, small))
+    assert not torch.equal(a, b) and torch.cosine_similarity(a, b, dim=-1).min() > 0.999
+
+    def linear_bytes(encoder):
+        state = encoder._loaded[1].encoder.block.state_dict()
+        return sum(t.numel() * t.element_size() for n, t in state.items() if "layer_norm" not in n)
+
+    assert linear_bytes(small) < 0.4 * linear_bytes(full)
