@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from train.data.emoji import EmojiPictures
 from train.encoded import TextStore
 from train.recipe import Recipe, load_recipe
 
-LOADER = "cascade.loading" if find_spec("cascade.loading") else "cascade.pipeline"
 SIDE = 64
 LABELS = ("red apple", "blue car", "green leaf", "yellow sun", "black cat")
 TONES = ("dark", "light")
@@ -101,7 +99,7 @@ def _toy_encoder_on_the_cpu() -> Iterator[None]:
         return ToyEncoder()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("train.encoded", "train.components", LOADER):
+        for module in ("train.encoded", "train.components", "cascade.loading"):
             patch.setattr(f"{module}.load_text_encoder", load)
         patch.setattr("train.data.emoji.CACHED_PX", 32)  # the last stage decodes its pictures one by one
         patch.setenv("ACCELERATE_USE_CPU", "true")
