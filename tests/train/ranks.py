@@ -173,8 +173,12 @@ def child(request: dict[str, Any], rank: int) -> int:
         places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
         os.environ.update({name: str(value) for name, value in places.items()})
     os.environ.update(request.get("env", {}))
+    import torch
+
     from train import __main__ as command
 
+    # makes the thread pool that the fork lost: two threads that find it missing at once crash
+    torch.set_num_threads(1)
     command.MAIN, command.GRACE_S = rank == 0, 0.5
     if fault := request.get("fault"):
         FAULTS[fault[0]](*fault[1:])
