@@ -94,7 +94,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def at_step(step: int, rank: int, act: Callable[[Any], None]) -> None:
-    """Do something on one rank (-1: on each) before a step, counted from 1 in this session."""
+    """Do something on one rank (-1: on each) before a step, counted from 1 since the process began."""
     from train.loop import Run
 
     original, count = Run._step, 0
