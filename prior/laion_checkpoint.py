@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cascade.errors import InputError
-from cascade.pretrained.unet_tensors import Binding, Tensors, same
+from cascade.pretrained.unet_tensors import Binding, Tensors, same, translate
 from prior.laion import LaionConfig, LaionPrior
-from prior.pretrained import row, translate
+from prior.pretrained import row
 
 LAYERS = "net.causal_transformer.layers"
 EXPECTED = {"predict_x_start": True, "predict_v": False, "beta_schedule": "cosine", "timesteps": 1000}

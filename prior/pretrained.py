@@ -16,7 +16,16 @@ from torch import Tensor
 
 from cascade.config import ScheduleConfig, from_dict, to_dict
 from cascade.errors import InputError
-from cascade.pretrained.unet_tensors import Binding, Tensors, check_tensors, interleaved, layer, stacked
+from cascade.pretrained.unet_tensors import (
+    Binding,
+    Tensors,
+    check_tensors,
+    interleaved,
+    layer,
+    stacked,
+    translate,
+    written,
+)
 from prior.diffusion import DiffusionPrior, PriorConfig
 
 CLASS = "PriorTransformer"
@@ -267,23 +276,7 @@ def tensors_from(layout: Layout, theirs: Tensors, config: PriorConfig, what: str
 def tensors_to(layout: Layout, ours: Tensors, config: PriorConfig) -> dict[str, Tensor]:
     """A public file's tensors of ours."""
     check_tensors(ours, _skeleton(config), "prior")
-    return _written(bindings(config, layout), ours)
-
-
-def translate(table: list[Binding], theirs: Tensors, expected: Tensors, what: str) -> dict[str, Tensor]:
-    """Our tensors of theirs, which must be those that `expected` (ours, on any device) is written as."""
-    check_tensors(theirs, _written(table, expected), what)
-    ours: dict[str, Tensor] = {}
-    for binding in table:
-        ours |= zip(binding.ours, binding.read([theirs[name] for name in binding.theirs]), strict=True)
-    return ours
-
-
-def _written(table: list[Binding], ours: Tensors) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
-    for binding in table:
-        made |= zip(binding.theirs, binding.write([ours[name] for name in binding.ours]), strict=True)
-    return made
+    return written(bindings(config, layout), ours)
 
 
 def _skeleton(config: PriorConfig) -> dict[str, Tensor]:

@@ -160,23 +160,29 @@ def skeleton(cfg: UNetConfig) -> UNet:
 def read(layout: Layout, theirs: Tensors, cfg: UNetConfig, what: str) -> dict[str, Tensor]:
     """Our tensors of theirs. Raises InputError that names the first tensor that does not fit."""
     net = skeleton(cfg)
-    bindings = layout(net)
-    check_tensors(theirs, _write(bindings, net.state_dict()), what)
-    found: dict[str, Tensor] = {}
-    for binding in bindings:
-        made = binding.read([theirs[name] for name in binding.theirs])
-        found |= zip(binding.ours, made, strict=True)
-    return found
+    return translate(layout(net), theirs, net.state_dict(), what)
 
 
 def write(layout: Layout, ours: Tensors, cfg: UNetConfig, what: str) -> dict[str, Tensor]:
     """Their tensors of ours. Raises InputError that names the first tensor that does not fit."""
     net = skeleton(cfg)
     check_tensors(ours, net.state_dict(), what)
-    return _write(layout(net), ours)
+    return written(layout(net), ours)
 
 
-def _write(bindings: Sequence[Binding], ours: Tensors) -> dict[str, Tensor]:
+def translate(
+    bindings: Sequence[Binding], theirs: Tensors, expected: Tensors, what: str
+) -> dict[str, Tensor]:
+    """Our tensors of theirs, which must be those that `expected` (ours, on any device) is written as."""
+    check_tensors(theirs, written(bindings, expected), what)
+    ours: dict[str, Tensor] = {}
+    for binding in bindings:
+        ours |= zip(binding.ours, binding.read([theirs[name] for name in binding.theirs]), strict=True)
+    return ours
+
+
+def written(bindings: Sequence[Binding], ours: Tensors) -> dict[str, Tensor]:
+    """Their tensors of ours."""
     made: dict[str, Tensor] = {}
     for binding in bindings:
         made |= zip(binding.theirs, binding.write([ours[name] for name in binding.ours]), strict=True)
