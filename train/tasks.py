@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 
 from cascade import Stage
 from cascade.adapter import Adapter, AdapterConfig
-from cascade.augment import condition_lowres, residual_base, residual_variance
+from cascade.augment import condition_lowres, residual_base, residual_variance, told_level
 from cascade.checkpoint import save_component
 from cascade.conditioning import TextEmbedding
 from cascade.config import to_dict
@@ -238,6 +238,7 @@ class StageTask(Task):
             height, width = x.shape[-2:]
             level, noise = batch["aug_level"], batch["aug_noise"]
             lowres = condition_lowres(batch["lowres"], (height, width), augment, level, noise)
+            batch = batch | {"aug_level": told_level(level, augment.schedule)}  # as in sampling
             if augment.residual:
                 x = x - residual_base(lowres, level, augment)
                 # else the noisiest inputs, whose residuals are the largest, would be nearly all of the loss

@@ -138,6 +138,20 @@ def test_every_level_of_a_residual_stage_counts_alike(tiny: Tiny, trained: Path)
         assert torch.allclose(task(batch), loss.float(), rtol=1e-3)
 
 
+@pytest.mark.parametrize(("schedule", "told"), [("cosine", 300.5), ("discrete_linear", 300.0)])
+def test_a_network_is_told_its_augmentation_level_as_in_sampling(
+    tiny: Tiny, trained: Path, schedule: str, told: float
+) -> None:
+    """On a discrete grid that is the step that is used."""
+    task = make_task(tiny(f"sr256.stage.augment.schedule={schedule}"), trained, "sr256")
+    assert isinstance(task, StageTask) and task.stage.unet.condition.aug is not None
+    seen = []
+    task.stage.unet.condition.aug.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = task.make([0, 1], [0, 1]) | {"aug_level": torch.full((2,), 0.3005)}
+    task(batch)
+    assert seen[0].tolist() == pytest.approx([told, told])
+
+
 def test_statistics_are_of_the_training_pictures(tiny: Tiny, trained: Path, pictures) -> None:
     task = make_task(tiny(), trained, "prior")
     images = open_images(tiny(), trained, pictures)
