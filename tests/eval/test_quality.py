@@ -62,9 +62,7 @@ def data_folder(tmp_path: Path) -> Path:
             pixels = torch.stack([ramp * (k - 3) / 3, other, torch.full((64,), k / 3 - 1)])  # 3 W
             name = f"images/{split}-{k}.png"
             save_png(to_pil(pixels[None, :, None, :].expand(1, 3, 64, 64))[0], folder / name)
-            lines.append(
-                {"file_name": name, "text": f"{split} thing number {k}", "split": split, "tone": None}
-            )
+            lines.append({"file_name": name, "text": f"{split} thing number {k}", "split": split})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

@@ -44,6 +44,7 @@ def record(style: str, code: str, label: str, tone: str | None, split: str) -> d
         "tags": [label.split()[0].rstrip(":"), "thing"],
         "style": style,
         "tone": tone,
+        "gender": None if tone is None else "woman",
         "split": split,
     }
 

@@ -16,6 +16,7 @@ from cascade.errors import InputError
 from cascade.images import downsample, from_uint8, to_uint8
 from tests.train.conftest import make_records, record, write_data
 from train.data.emoji import EmojiPictures
+from train.data.phrases import COUNT, phrases, split_label
 from train.recipe import DataConfig
 
 
@@ -32,11 +33,44 @@ def test_records_of_the_styles_and_their_split(data_folder: Path, pictures: Emoj
 
 
 def test_caption_forms(pictures: EmojiPictures) -> None:
-    assert pictures.captions(0) == [
+    forms, phrased = pictures.captions(0)[:3], pictures.captions(0)[3:]
+    assert forms == [
         "red apple, noto style",
         "red apple, thing, noto style",  # the tag "red" stands in the label already
         "red apple",
     ]
+    assert phrased == phrases(pictures.records[0])
+
+
+def test_phrases_say_what_a_record_says_in_other_words() -> None:
+    car = {"label": "automobile", "tags": ["car", "face"], "style": "noto", "gender": None}
+    said = phrases(car)
+    assert len(said) == COUNT and said == phrases(car)
+    words = {word for phrase in said for word in phrase.removesuffix(", noto style").split()}
+    assert (
+        {"automobile", "car"} < words <= {"a", "an", "the", "automobile", "car"}
+    )  # "face" says nothing of a car
+    assert sum(phrase.endswith(", noto style") for phrase in said) == 3
+    label = "man health worker: dark skin tone"
+    said = phrases({"label": label, "tags": ["doctor"], "style": "fluent", "gender": "man"})
+    assert all("dark" in phrase and "skin" in phrase and "tone" not in phrase for phrase in said)
+    assert any("man doctor" in phrase for phrase in said)
+
+
+@pytest.mark.parametrize(
+    ("label", "subject", "tones"),
+    [
+        ("red apple", "red apple", []),
+        ("flag: Italy", "flag of Italy", []),
+        ("keycap: 3", "keycap 3", []),
+        ("man: beard", "man with beard", []),
+        ("woman: dark skin tone, red hair", "woman with red hair", ["dark"]),
+        ("man running: medium skin tone, facing right", "man running facing right", ["medium"]),
+        ("handshake: light skin tone, medium-dark skin tone", "handshake", ["light", "medium-dark"]),
+    ],
+)
+def test_labels_are_taken_apart(label: str, subject: str, tones: list[str]) -> None:
+    assert split_label(label) == (subject, tones)
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"text": "a"}', '{"text": "\xff"}'])
@@ -77,19 +111,12 @@ def test_plain_pictures_once_an_epoch_and_toned_ones_once_a_period(data_folder: 
         assert set(seen) == plain | toned  # nothing held out
 
 
-def test_a_style_of_period_p_takes_part_in_one_epoch_of_p(data_folder: Path) -> None:
-    pictures = picture_set(data_folder, toned_period=2, style_period={"fluent": 3})
-    seen = Counter(i for number in range(6) for i in pictures.epoch(1, number).tolist())
-    for i in pictures.train:
-        toned = 2 if pictures.records[i]["tone"] is not None else 1
-        assert seen[i] == 6 // (toned * (3 if pictures.records[i]["style"] == "fluent" else 1))
-
-
 def test_epochs_without_a_picture_are_passed_over(data_folder: Path) -> None:
-    pictures = picture_set(data_folder, styles=("noto",), style_period={"noto": 50})
+    pictures = picture_set(data_folder, styles=("noto",), toned_period=50)
+    pictures.train = [i for i in pictures.train if pictures.records[i]["tone"] is not None]
     order = pictures.order(0)
     seen = Counter(order[p] for p in range(4))
-    assert seen.keys() <= set(pictures.train) and max(seen.values()) == 1
+    assert seen == dict.fromkeys(pictures.train, 2)
 
 
 def test_the_order_is_the_epochs_one_after_another(pictures: EmojiPictures) -> None:

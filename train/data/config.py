@@ -19,11 +19,11 @@ class DataConfig:
     # emoji and folder: where the pictures are; the others: where index, caches and quarantine go
     folder: str = EMOJI_FOLDER
 
-    # emoji: styles, how often, and weights of the caption forms label + style; label + tags + style; label
+    # emoji: styles, how often skin-toned variants, and weights of the caption forms label + style;
+    # label + tags + style; label; phrases such as people use (train.data.phrases)
     styles: tuple[str, ...] = ("noto", "twemoji", "fluent")
     toned_period: int = 5  # a skin-toned variant takes part in one epoch of this many
-    style_period: dict[str, int] = field(default_factory=dict)  # likewise for a style's pictures; default 1
-    caption_weights: tuple[float, float, float] = (0.7, 0.2, 0.1)
+    caption_weights: tuple[float, float, float, float] = (0.7, 0.2, 0.1, 0.0)
 
     # hub: a data set of the Hugging Face hub
     hub: str | None = None  # owner/name
@@ -90,11 +90,6 @@ class DataConfig:
             raise ValueError(f"styles {list(self.styles)}: expected at least one, each once")
         if self.toned_period < 1:
             raise ValueError(f"toned_period {self.toned_period}: expected an integer of at least 1")
-        for style, period in self.style_period.items():
-            if style not in self.styles:
-                raise unknown("style", style, self.styles, where="data.style_period")
-            if period < 1:
-                raise ValueError(f"style_period of {style} {period}: expected an integer of at least 1")
         if min(self.caption_weights) < 0 or not 0 < sum(self.caption_weights) < math.inf:
             raise ValueError(f"caption_weights {list(self.caption_weights)}: expected none below 0")
 

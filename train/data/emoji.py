@@ -13,12 +13,22 @@ from rich.progress import track
 
 from cascade import random
 from cascade.errors import InputError, unknown
+from train.data import phrases
 from train.data.config import DataConfig
 from train.data.decode import read_file
 from train.data.pictures import PictureSet, weighted
 from train.files import whole_file
 
-KEYS = ("file_name", "text", "label", "tags", "style", "tone", "split")  # of a record: what training reads
+KEYS = (
+    "file_name",
+    "text",
+    "label",
+    "tags",
+    "style",
+    "tone",
+    "gender",
+    "split",
+)  # of a record: what training reads
 CACHED_PX = 256  # larger pictures are decoded one by one: all of them would fit neither memory nor disk
 
 
@@ -48,13 +58,16 @@ class EmojiPictures(PictureSet):
         return read_file(self.name(index), self.folder / self.name(index))
 
     def captions(self, index: int) -> list[str]:
-        """The forms in the order of `caption_weights`."""
+        """The forms in the order of `caption_weights`, of which the last is several phrases."""
         r = self.records[index]
         tags = [t for t in r["tags"] if t not in r["label"].lower()][:3]
-        return [r["text"], f"{', '.join([r['label'], *tags])}, {r['style']} style", r["label"]]
+        tagged = f"{', '.join([r['label'], *tags])}, {r['style']} style"
+        return [r["text"], tagged, r["label"], *phrases.phrases(r)]
 
     def caption(self, index: int, seed: int) -> str:
-        return self.captions(index)[weighted(self.cfg.caption_weights, seed)]
+        *forms, phrase = self.cfg.caption_weights
+        weights = [*forms, *[phrase / phrases.COUNT] * phrases.COUNT]
+        return self.captions(index)[weighted(weights, seed)]
 
     def order(self, seed: int, min_px: int = 1) -> Periodic:
         return Periodic(self, seed)
@@ -66,10 +79,8 @@ class EmojiPictures(PictureSet):
         return np.asarray(chosen, dtype=np.int64)[order.numpy()]
 
     def period(self, index: int) -> int:
-        """In one epoch of how many a picture takes part: that of its skin tone times that of its style."""
-        record = self.records[index]
-        toned = self.cfg.toned_period if record["tone"] is not None else 1
-        return toned * self.cfg.style_period.get(record["style"], 1)
+        """In one epoch of how many a picture takes part."""
+        return 1 if self.records[index]["tone"] is None else self.cfg.toned_period
 
     def pixels(self, px: int) -> np.ndarray | None:
         """Made once by the antialiased filter, and again when the data set is another one. Raises BadPicture
