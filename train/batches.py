@@ -69,7 +69,6 @@ class Maker(ABC):
         self.train = recipe.train_of(stage)
         self._seed = random.key(recipe.seed, "order", stage)
         self.reader = Reader(pictures, pictures.order(self._seed, px))
-        self.pixels = pictures.view(px)
 
     def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
         return self.complete(self.draw(positions, seeds))
@@ -103,9 +102,9 @@ class Maker(ABC):
             rows.append(last[1])
         return rows
 
+    @abstractmethod
     def read(self, index: int, seed: int) -> Sample:
         """One picture. Raises BadPicture."""
-        return Sample(index, self.pixels(index, seed))
 
     def embed_of(self, index: int) -> dict[str, Tensor]:
         """The picture's embedding or, where none are stored, what CLIP is shown."""
@@ -151,6 +150,10 @@ class ClipMaker(Maker):
         part = recipe.of("clip")
         assert isinstance(part, ClipRecipe)
         super().__init__(recipe, "clip", pictures, text, part.model.image_px)
+        self.pixels = pictures.view(part.model.image_px)
+
+    def read(self, index: int, seed: int) -> Sample:
+        return Sample(index, self.pixels(index, seed))
 
     def draw(self, positions: list[int], seeds: list[int]) -> Batch:
         samples = self.read_at(positions)
@@ -190,6 +193,7 @@ class StageMaker(Maker):
         assert isinstance(part, StageRecipe)
         super().__init__(recipe, stage, pictures, text, part.stage.image_px)
         self.cfg, self.images = part.stage, images
+        self.pixels = pictures.view(self.cfg.image_px)
 
     def read(self, index: int, seed: int) -> Sample:
         return Sample(index, self.pixels(index, seed), **self.embed_of(index))
