@@ -4,8 +4,12 @@
 
 draws a list of DrawBench's format (200 prompts, its categories and counts, texts of the own suite) through
 the embedded default, two pictures a prompt: once without an interruption, once with every process of the
-launch killed by SIGKILL at random instants and started again, and once with one process. It compares
-report.json and the manifest byte for byte and exits with 1 where they differ.
+launch killed by SIGKILL at random instants and started again, and once with another number of processes. It
+compares report.json and the manifest byte for byte and exits with 1 where they differ.
+
+The instants lie anywhere in the work, not anywhere in the time that a whole run takes: a process that is
+started again needs seconds before it draws, and one that may live for a random part of the whole would draw
+nothing, or nearly all.
 """
 
 from __future__ import annotations
@@ -13,18 +17,22 @@ from __future__ import annotations
 import argparse
 import csv
 import random
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from eval.run import MANIFEST, RUN, rank_manifests
 from eval.suites import load_suite
 from eval.suites.drawbench import COUNTS
 
 SAME = ("report.json", "manifest.jsonl")
+LOOK_S = 0.1
+PICTURES = 2 * sum(COUNTS.values())
+EARLY, LATE = 0.15, 0.15  # shares of the kills before a process draws, and after the last picture
 
 
 def write_list(path: Path) -> Path:
@@ -49,12 +57,50 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def finish(arguments: list[str], processes: int) -> float:
-    """Seconds until a launch is done."""
+def until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> float:
+    """Seconds until a launch has reached something, or its end."""
     start = time.monotonic()
+    while process.poll() is None and not reached():
+        time.sleep(LOOK_S)
+    return time.monotonic() - start
+
+
+def finish(arguments: list[str], processes: int) -> None:
     if launch(arguments, processes).wait() != 0:
         raise SystemExit("stress: the evaluation failed")
-    return time.monotonic() - start
+
+
+def drawn(run: Path) -> int:
+    """Pictures in the manifests; a launch that begins moves lines from one to another."""
+    found = [path for path in (run / MANIFEST, *rank_manifests(run)) if path.is_file()]
+    return len({line for path in found for line in path.read_bytes().splitlines(keepends=True)})
+
+
+class Pace:
+    """Seconds that the parts of a run take: until it begins to draw, a picture, and what follows the last."""
+
+    def __init__(self, arguments: list[str], processes: int, run: Path) -> None:
+        process = launch(arguments, processes)
+        self.start = until(process, lambda: (run / RUN).exists())
+        self.picture = until(process, lambda: drawn(run) >= PICTURES) / PICTURES
+        self.rest = until(process, lambda: False)
+        if process.returncode != 0:
+            raise SystemExit("stress: the evaluation failed")
+
+
+def kill_at(
+    goal: float, process: subprocess.Popen[bytes], run: Path, pace: Pace, instants: random.Random
+) -> bool:
+    """Kill a launch before it draws or, mostly, a moment after `goal` pictures; whether it lived so long."""
+    if instants.random() < EARLY:
+        time.sleep(instants.uniform(0, pace.start))
+    else:
+        until(process, lambda: drawn(run) >= min(goal, PICTURES))
+        time.sleep(instants.uniform(0, 2 * pace.picture if goal < PICTURES else pace.start + pace.rest))
+    alive = process.poll() is None
+    if alive:
+        kill_all(process)
+    return alive
 
 
 def main() -> int:
@@ -71,29 +117,25 @@ def main() -> int:
     prompts, run = write_list(given.folder / "prompts.csv"), given.folder / "run"
     arguments = ["drawbench", str(prompts), "--per-prompt", "2", "--out", str(run), *given.more]
 
-    took = finish(arguments, given.processes)
+    pace = Pace(arguments, given.processes, run)
     expected = keep(run, given.folder / "whole")
-    print(f"uninterrupted: {took:.0f} s", flush=True)
+    parts = f"{pace.start:.1f} s to start, {pace.picture:.3f} s a picture, {pace.rest:.1f} s to measure"
+    print(f"uninterrupted: {parts}", flush=True)
 
     instants = random.Random(given.seed)
-    done = 0
-    while done < given.kills:
-        process = launch(arguments, given.processes)
-        try:
-            process.wait(instants.uniform(0, took))
-        except subprocess.TimeoutExpired:
-            kill_all(process)
-            done += 1
-            drawn = sum(file.read_bytes().count(b"\n") for file in run.glob("manifest*.jsonl"))
-            print(f"kill {done} at {drawn} pictures", flush=True)
-            continue
-        shutil.rmtree(run)  # it came to its end: begin again
+    goals = sorted(instants.uniform(0, PICTURES / (1 - LATE)) for _ in range(given.kills))
+    for number, goal in enumerate(goals, start=1):
+        while not kill_at(goal, launch(arguments, given.processes), run, pace, instants):
+            pass
+        print(f"kill {number} at {drawn(run)} pictures", flush=True)
     finish(arguments, given.processes)
     killed = keep(run, given.folder / "killed")
-    finish(arguments, 1)
-    alone = keep(run, given.folder / "alone")
-    print(f"killed {done} times: {verdict(killed, expected)}; one process: {verdict(alone, expected)}")
-    return 0 if killed == alone == expected else 1
+    others = 1 if given.processes > 1 else 2
+    finish(arguments, others)
+    other = keep(run, given.folder / "others")
+    print(f"killed {given.kills} times: {verdict(killed, expected)}")
+    print(f"processes, {others} instead of {given.processes}: {verdict(other, expected)}")
+    return 0 if killed == other == expected else 1
 
 
 def keep(run: Path, place: Path) -> dict[str, bytes]:
