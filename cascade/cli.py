@@ -19,6 +19,8 @@ from cascade import __version__
 from cascade.errors import InputError, unknown
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from cascade.pipeline import Cascade, Output
     from cascade.request import Request
 
@@ -72,6 +74,8 @@ def _parser() -> _Parser:
     add("--negative", metavar="TEXT", help="what the pictures should not show")
     add("--stop-at", metavar="STAGE", help="last stage to run (default: the last)")
     add("--size", metavar="HxW", help="height and width in px of the last stage's pictures")
+    add("--inpaint", type=Path, metavar="PICTURE", help="a picture of which a part is kept, with a mask")
+    add("--mask", type=Path, metavar="MASK", help="white where that picture is kept, else black")
     add("--save-stages", action="store_true", help="also save the pictures of the stages before")
     add(
         "--set",
@@ -146,7 +150,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from cascade.pipeline import PRIOR, Cascade
 
     settings = _settings(arguments.set)
-    size = _size(arguments.size)
+    size, inpaint = _size(arguments.size), _inpaint(arguments.inpaint, arguments.mask)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = Cascade.from_pretrained(
         arguments.model,
@@ -162,6 +166,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         num_images=arguments.num,
         negative=arguments.negative,
         stop_at=arguments.stop_at,
+        inpaint=inpaint,
         size=size,
         **settings,
     )
@@ -201,6 +206,16 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if match is None:
         raise InputError(f"--size {text!r}: expected HxW in px, as in 1024x768, or one side of a square")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _inpaint(picture: Path | None, mask: Path | None) -> tuple[Image, Image] | None:
+    if picture is None and mask is None:
+        return None
+    if picture is None or mask is None:
+        raise InputError("--inpaint and --mask: expected both, a picture and where it is kept")
+    from cascade.images import open_picture
+
+    return open_picture(picture), open_picture(mask)
 
 
 def _writable(folder: Path) -> None:

@@ -43,10 +43,10 @@ def _stage_line(stage: StageConfig) -> str:
     sampling, unet = stage.sampling, stage.unet
     source = f"{stage.lowres_px} px" if stage.lowres_px else "noise"
     steps = sampling.respacing or f"{sampling.steps} steps"
+    guidance = f"guidance {sampling.guidance:g}{', inpaints' if unet.inpaint_channels else ''}"
     widths = () if unet.text_transformer else unet.text_dims
-    return (
-        f", {source} -> {stage.image_px} px, {sampling.sampler} {steps}, guidance {sampling.guidance:g}"
-        + _expects(widths, unet.text_embed_dim, unet.image_embed_dim)
+    return f", {source} -> {stage.image_px} px, {sampling.sampler} {steps}, {guidance}" + _expects(
+        widths, unet.text_embed_dim, unet.image_embed_dim
     )
 
 

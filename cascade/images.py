@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,6 +46,16 @@ def from_pil(image: Image.Image) -> Tensor:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.array(image.convert("RGB"))  # H W 3
     return from_uint8(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+
+
+def open_picture(path: Path | str) -> Image.Image:
+    """A picture file, as its camera meant it to stand. Raises InputError where it is none."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "not a whole picture"
+        raise InputError(f"cannot read {path}: {reason}") from None
 
 
 def jpeg(x: Tensor, quality: int) -> Tensor:

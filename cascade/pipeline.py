@@ -27,6 +27,7 @@ from cascade.errors import InputError, unknown
 from cascade.fit import check_fit
 from cascade.hardware import network_dtype, place_network, resident
 from cascade.images import to_pil
+from cascade.inpaint import Pictures
 from cascade.loading import build, find_model, read_text_encoder, save_model
 from cascade.pretrained.model import OWN
 from cascade.request import PRIOR, Request, make_request
@@ -232,6 +233,7 @@ class Cascade:
         start_at: str | None = None,
         images: Tensor | Sequence[Image] | None = None,
         image_embed: Tensor | None = None,
+        inpaint: tuple[Pictures, Pictures] | None = None,
         size: tuple[int, int] | None = None,
         on_event: Callable[[Event], None] | None = None,
         **settings: dict[str, Any],
@@ -244,6 +246,9 @@ class Cascade:
         start_at: the first stage to run, on `images`: B 3 h w in [-1, 1] or PIL pictures, one, one a prompt
             or one a picture.
         image_embed: B D in place of the prior's, one row a picture.
+        inpaint: (picture, mask), for a model whose networks inpaint: PIL pictures, or B 3 h w in [-1, 1] and
+            B 1 h w, of the proportions of what is drawn and at least its size; one, one a prompt or one a
+            picture. The mask is white (1) where the picture is kept; the rest is drawn anew.
         size: (H, W) in px of the pictures of the last stage that runs.
         on_event: called after every step (see `Event`).
         settings: base=dict(steps=25, guidance=4.0), prior=dict(...), ...: by stage, fields of SamplingConfig
@@ -258,6 +263,7 @@ class Cascade:
             start_at=start_at,
             images=images,
             image_embed=image_embed,
+            inpaint=inpaint,
             size=size,
             **settings,
         )
@@ -327,6 +333,7 @@ class Cascade:
                     text,
                     image_embed=embed,
                     lowres=pictures,
+                    inpaint=None if run.known is None else (run.known.picture, run.known.mask),
                     seed=request.seeds,
                     negative=negative if run.stage.config.unet.learned_null else null,
                     size=run.size,

@@ -16,6 +16,7 @@ from torch import Tensor
 from cascade.config import from_dict
 from cascade.errors import InputError, unknown
 from cascade.images import from_pil
+from cascade.inpaint import Known, Pictures, known_part
 from cascade.random import seed_list
 from cascade.stage import Stage, resolve_settings
 
@@ -31,6 +32,7 @@ class StageRun:
     stage: Stage
     settings: dict[str, Any]
     size: tuple[int, int]  # H, W
+    known: Known | None  # of each picture to draw, for a network that inpaints
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def make_request(
     start_at: str | None = None,
     images: Tensor | Sequence[Image] | None = None,
     image_embed: Tensor | None = None,
+    inpaint: tuple[Pictures, Pictures] | None = None,
     size: tuple[int, int] | None = None,
     **settings: Mapping[str, Any],
 ) -> Request:
@@ -82,6 +85,7 @@ def make_request(
     resolved = _settings(stages, prior, settings)
     used = [stages[name] for name in names]
     sizes = _sizes(used, size, None if pictures is None else (pictures.shape[-2], pictures.shape[-1]))
+    known = [None] * len(used) if inpaint is None else _known(inpaint, used, sizes, len(prompts), num_images)
     wanted = stop_at == PRIOR or any(stage.config.unet.image_embed_dim for stage in used)
     return Request(
         prompts=prompts,
@@ -89,7 +93,10 @@ def make_request(
         num_images=num_images,
         seeds=_seeds(seed, len(prompts), num_images),
         prior=resolved[PRIOR] if prior is not None and wanted and image_embed is None else None,
-        runs=[StageRun(s, resolved[s.config.name], hw) for s, hw in zip(used, sizes, strict=True)],
+        runs=[
+            StageRun(stage, resolved[stage.config.name], hw, part)
+            for stage, hw, part in zip(used, sizes, known, strict=True)
+        ],
         images=pictures,
         image_embed=image_embed,
     )
@@ -215,9 +222,42 @@ def _pictures(images: Tensor | Sequence[Image], prompts: int, num_images: int) -
         raise InputError(
             f"images: expected float B 3 h w in [-1, 1], got {images.dtype} {tuple(images.shape)}"
         )
-    rows, count = len(images), prompts * num_images
+    return images.float().repeat_interleave(_repeats("images", len(images), prompts, num_images), dim=0)
+
+
+def _repeats(what: str, rows: int, prompts: int, num_images: int) -> int:
+    """How often each of `rows` is used in a row: they are one, one a prompt or one a picture to draw."""
+    count = prompts * num_images
     if rows not in (1, prompts, count):
         raise InputError(
-            f"images: expected 1, {prompts} (one a prompt) or {count} (one a picture), got {rows}"
+            f"{what}: expected 1, {prompts} (one a prompt) or {count} (one a picture), got {rows}"
         )
-    return images.float().repeat_interleave(count // rows, dim=0)
+    return count // rows
+
+
+def _known(
+    inpaint: tuple[Pictures, Pictures],
+    stages: list[Stage],
+    sizes: list[tuple[int, int]],
+    prompts: int,
+    num_images: int,
+) -> list[Known | None]:
+    """The known part at the size of each stage that inpaints."""
+    if not any(stage.config.unet.inpaint_channels for stage in stages):
+        names = ", ".join(stage.config.name for stage in stages) or PRIOR
+        raise InputError(
+            f"inpaint: {names}: no network has inpaint channels: expected a model that has, as GLIDE's "
+            "base-inpaint and upsample-inpaint"
+        )
+    known = known_part(inpaint)
+    (height, width), (rows, columns) = known.picture.shape[-2:], sizes[-1]
+    if height * columns != width * rows or height < rows:
+        raise InputError(
+            f"inpaint: a picture of {height} x {width}: expected the proportions of the pictures that are "
+            f"drawn, and at least their size, {rows} x {columns}"
+        )
+    known = known.repeat(_repeats("inpaint", len(known), prompts, num_images))
+    return [
+        known.resized(size) if stage.config.unet.inpaint_channels else None
+        for stage, size in zip(stages, sizes, strict=True)
+    ]

@@ -24,6 +24,7 @@ from cascade.diffusion.guidance import GuidedDenoiser
 from cascade.diffusion.samplers import SAMPLERS, Denoise
 from cascade.diffusion.schedule import DiscreteSchedule, Schedule, section_indices
 from cascade.errors import InputError, unknown
+from cascade.inpaint import Known, known_part
 from cascade.nn.context import Context
 from cascade.nn.unet import UNet
 from cascade.random import seed_list
@@ -73,6 +74,7 @@ class Stage(nn.Module):
         *,
         image_embed: Tensor | None = None,
         lowres: Tensor | None = None,
+        inpaint: tuple[Tensor, Tensor] | None = None,
         seed: int | Sequence[int] = 0,
         negative: TextEmbedding | None = None,
         size: tuple[int, int] | None = None,
@@ -85,6 +87,9 @@ class Stage(nn.Module):
         text: encoded prompts, one row a picture; None, or a network without text, draws without.
         image_embed: B D, CLIP image embeddings; a network that takes none ignores them.
         lowres: B 3 h w in [-1, 1], required by a super-resolution stage and refused by a base stage.
+        inpaint: (picture, mask), for a network with inpaint channels: B 3 H W in [-1, 1] of the size that is
+            drawn, and B 1 H W, 1 where the picture is kept and 0 where it is drawn anew; one row of either
+            serves all. The result holds the kept part as it was given.
         seed: one integer (picture i then draws from seed + i) or one a picture. Initial and low-resolution
             noise is drawn on the CPU, so that deterministic samplers agree between devices.
         negative: encoded negative prompts (one row, or one a picture) that take the place of the null text
@@ -97,13 +102,15 @@ class Stage(nn.Module):
         Raises InputError on an unknown or impossible setting, size, seed, or shape.
         """
         chosen = resolve_settings(self.config, settings)
-        count = self._count(text, image_embed, lowres, seed)
+        known = None if inpaint is None else self._accept_inpaint(inpaint)
+        count = self._count(text, image_embed, lowres, known, seed)
         seeds = seed_list(seed, count)
         height, width = self.output_size(size, None if lowres is None else lowres.shape[-2:])
         text, negative = self._accept_text(text, "text"), self._accept_text(negative, "negative prompt")
         if negative is not None and len(negative) not in (1, count):
             raise InputError(f"negative prompt: expected 1 or {count} rows, got {len(negative)}")
         image_embed = self._accept_embed(image_embed)
+        known = None if known is None else known.fitted(count, (height, width))
 
         per_forward = micro_batch if micro_batch is not None else self._micro_batch(height, width)
         if per_forward < 1:
@@ -123,6 +130,7 @@ class Stage(nn.Module):
                         _rows_or_all(negative, part),
                         None if image_embed is None else image_embed[part],
                         None if lowres is None else lowres[part],
+                        None if known is None else known[part].to(self.device),
                         seeds[part],
                         (height, width),
                         _count_steps(on_step, number, len(chunks), rows),
@@ -164,6 +172,7 @@ class Stage(nn.Module):
         negative: TextEmbedding | None,
         image_embed: Tensor | None,
         lowres: Tensor | None,
+        known: Known | None,
         seeds: list[int],
         size: tuple[int, int],
         on_step: Callable[[int, int, Tensor], None] | None,
@@ -178,7 +187,7 @@ class Stage(nn.Module):
                     f"stage {name} has no learned null text: guidance needs negative=, the encoded ''"
                 )
         given = None if lowres is None else self._lowres(lowres, settings.aug_level, seeds, size)
-        conditioning = self._condition(text, image_embed, given)
+        conditioning = self._condition(text, image_embed, given, known)
         redraw = given if settings.lowres_noise == "step" else None
         guided = self._guided(self.denoiser, settings, conditioning, negative, len(seeds), redraw)
         grid, denoise = self._grid(settings), guided
@@ -190,6 +199,8 @@ class Stage(nn.Module):
             return random.normal(shape, seeds, "step", name, step, device=device)
 
         base = self._residual_base(conditioning)
+        if known is not None:
+            denoise = known.kept_by(denoise, base)
 
         def report(step: int, total: int, x0: Tensor) -> None:
             if on_step is not None:
@@ -261,12 +272,15 @@ class Stage(nn.Module):
         text: TextEmbedding | None,
         image_embed: Tensor | None,
         lowres: Lowres | None,
+        known: Known | None,
     ) -> Conditioning:
         """The network's conditioning, with the low-resolution picture at the stage's size and noise level."""
+        inpaint = None if known is None else known.channels().to(self.dtype)
+        told = Conditioning(text=text, image_embed=image_embed, inpaint=inpaint)
         if lowres is None:
-            return Conditioning(text=text, image_embed=image_embed)
+            return told
         level = told_level(lowres.level, lowres.augment.schedule)
-        return Conditioning(text=text, image_embed=image_embed, lowres=lowres.noised(), aug_level=level)
+        return told.with_(lowres=lowres.noised(), aug_level=level)
 
     def _micro_batch(self, height: int, width: int) -> int:
         return 1 if self.device.type == "cpu" else max(1, PIXELS_A_FORWARD // (height * width))
@@ -276,6 +290,7 @@ class Stage(nn.Module):
         text: TextEmbedding | None,
         image_embed: Tensor | None,
         lowres: Tensor | None,
+        known: Known | None,
         seed: int | Sequence[int],
     ) -> int:
         """Number of pictures; everything given must agree on it."""
@@ -297,12 +312,19 @@ class Stage(nn.Module):
             "text": None if text is None else len(text),
             "image_embed": None if image_embed is None else len(image_embed),
             "lowres": None if lowres is None else len(lowres),
+            "inpaint": None if known is None or len(known) == 1 else len(known),
             "seed": len(seed) if isinstance(seed, Sequence) else None,
         }
         given = {key: value for key, value in counts.items() if value is not None}
         if len(set(given.values())) > 1:
             raise InputError(f"stage {name}: rows differ: {', '.join(f'{k} {v}' for k, v in given.items())}")
         return next(iter(given.values()), 1)
+
+    def _accept_inpaint(self, inpaint: tuple[Tensor, Tensor]) -> Known:
+        if not self.config.unet.inpaint_channels:
+            expected = "no inpaint=, or a network that has them, as GLIDE's inpaint variants"
+            raise InputError(f"stage {self.config.name} has no inpaint channels: expected {expected}")
+        return known_part(inpaint)
 
     def _accept_text(self, text: TextEmbedding | None, what: str) -> TextEmbedding | None:
         """The text on this stage's device, its widths checked; None for a network without text."""

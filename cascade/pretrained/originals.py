@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,10 @@ SETTINGS = {
     (KARLO, "sr"): replace(PIXEL, steps=7),
     (GLIDE, "base"): replace(PIXEL, steps=100, guidance=3.0),
     (GLIDE, "sr"): replace(PIXEL, sampler="ddim", eta=0.0, respacing="glide27", temperature=0.997),
+}
+GLIDE_INPAINT = {
+    "base": replace(PIXEL, steps=100, guidance=5.0),
+    "upsample": replace(PIXEL, respacing="glide27", temperature=0.997),
 }
 AUGMENTS = {
     IF: AugmentConfig(upsample="bilinear_aligned", schedule="discrete_cosine"),
@@ -112,14 +117,19 @@ class _Reader:
 
     def glide(self) -> Model | None:
         parts, length = {}, 0
-        for name in ("base", "upsample", "base-inpaint", "upsample-inpaint"):
-            file = self._find(name, exact=True)
+        for name, variant in product(("base", "upsample"), ("", "-inpaint")):
+            file = self._find(name + variant, exact=True)
             if file is None:
                 continue
-            process: Process = "discrete_linear" if name.startswith("upsample") else "discrete_cosine"
+            process: Process = "discrete_linear" if name == "upsample" else "discrete_cosine"
             stage, read = self._stage(GLIDE, file, process, None)
+            if variant:
+                stage = replace(stage, sampling=GLIDE_INPAINT[name])
             if stage.name in parts:
-                raise InputError(f"{self.folder}: expected one network a size, found two for {stage.name}")
+                raise InputError(
+                    f"{self.folder}: expected one network a size, found {Path(parts[stage.name].where).name} "
+                    f"and {file.name}: move one to a folder of its own"
+                )
             parts[stage.name] = Part(stage.name, "cascade", "Stage", to_dict(stage), read, str(file))
             assert stage.unet.text_transformer is not None
             length = stage.unet.text_transformer.length

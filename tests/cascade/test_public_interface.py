@@ -61,14 +61,14 @@ def test_signatures() -> None:
         "from_pretrained": "(source=None, *, revision=None, device='cpu', dtype=None, verify=True, "
         "offload=False, allow_legacy=False)",
         "call": "(self, prompts, *, seed=0, num_images=1, negative=None, stop_at=None, start_at=None, "
-        "images=None, image_embed=None, size=None, on_event=None, **settings)",
+        "images=None, image_embed=None, inpaint=None, size=None, on_event=None, **settings)",
         "stream": "(self, prompts, **arguments)",
         "encode": "(self, prompts)",
         "save": "(self, folder, dtype=None)",
         "to": "(self, device, dtype=None)",
         "load_adapter": "(self, folder, scale=1.0)",
-        "stage": "(self, text=None, *, image_embed=None, lowres=None, seed=0, negative=None, size=None, "
-        "micro_batch=None, on_step=None, **settings)",
+        "stage": "(self, text=None, *, image_embed=None, lowres=None, inpaint=None, seed=0, negative=None, "
+        "size=None, micro_batch=None, on_step=None, **settings)",
     }
 
 
@@ -116,8 +116,8 @@ def test_the_example_of_the_design_runs(tiny_cascade: Cascade, tmp_path) -> None
     [
         (
             "sample",
-            ["allow-legacy-checkpoint", "model", "negative", "num", "offload", "out", "save-stages", "seed"]
-            + ["set", "size", "stop-at"],
+            ["allow-legacy-checkpoint", "inpaint", "mask", "model", "negative", "num", "offload", "out"]
+            + ["save-stages", "seed", "set", "size", "stop-at"],
         ),
         ("info", ["allow-legacy-checkpoint", "model"]),
         ("convert", ["allow-legacy-checkpoint", "dtype", "to"]),
