@@ -9,13 +9,16 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cascade.errors import InputError
+from train.adafactor import Adafactor
 from train.recipe import TrainConfig
 
-MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": 2.0}  # of a parameter
+# of a parameter; the factors of a large weight are thousandths of it
+MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 0.0}
 
 
 def learning_rate(cfg: TrainConfig, images: int) -> float:
@@ -28,6 +31,8 @@ def learning_rate(cfg: TrainConfig, images: int) -> float:
 def make_optimizer(cfg: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Raises InputError where the optimiser's package is missing."""
     trained = [p for p in parameters if p.requires_grad]
+    if cfg.optimizer == "adafactor":
+        return Adafactor(trained, cfg.lr, cfg.weight_decay)
     settings: dict[str, Any] = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(trained, fused=True, **settings)
@@ -54,6 +59,8 @@ def update(
     """Clip the gradient and step, unless its norm is not finite. Returns the norm before clipping, a
     scalar on the device. The device itself skips the step, so that the host need not wait to decide."""
     norm = accelerator.clip_grad_norm_(parameters, clip)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # the engine did all else
+        return torch.tensor(norm, device=accelerator.device)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
     inner = optimizer.optimizer
     if accelerator.scaler is not None:

@@ -61,7 +61,9 @@ class TrainConfig:
     batch: int  # of one optimiser step, over all processes and accumulated parts
     accumulate: int = 1  # parts that a process makes its share of the batch in, for less memory
     lr: float
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments of 8 bits, by bitsandbytes
+    # adamw8bit: moments of 8 bits, by bitsandbytes. adafactor: no first moment, the second one factored; lr
+    # is relative to each weight's size, and betas and eps are not used (train.adafactor)
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     warmup_images: int = 10_000
     cooldown_images: int = 0  # at the end, linear to zero
     betas: tuple[float, float] = (0.9, 0.99)

@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_makes_the_gradient_so(bad: float) -> None:
     assert w.grad is not None and not torch.isfinite(w.grad[:2]).any()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
 def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing(optimizer: str) -> None:
     """Neither weights nor moments nor step counts; the next one does."""
     if optimizer == "adamw8bit":

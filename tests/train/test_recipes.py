@@ -16,6 +16,7 @@ from cascade.errors import InputError
 from cascade.nn.presets import IMAGEN_BASE_2B, IMAGEN_SR_400M, IMAGEN_SR_600M
 from cascade.nn.unet import UNet
 from prior.diffusion import PriorNet
+from train.optim import MOMENT_BYTES
 from train.plan import make_plan
 from train.recipe import RECIPES, Recipe, StageRecipe, load_recipe, merge
 from train.tasks import make_task
@@ -58,7 +59,8 @@ def test_sizes_are_those_in_the_comments(name: str, row: dict[str, str]) -> None
         network = UNet(part.stage.unet) if isinstance(part, StageRecipe) else PriorNet(part.model)  # type: ignore[union-attr, arg-type]
     parameters = sum(p.numel() for p in network.parameters())
     assert float(row["parameters"]) == round(parameters / 1e6)
-    assert float(row["state"]) == pytest.approx(20 * parameters / 2**30, abs=0.051)
+    each = 12 + MOMENT_BYTES[part.train.optimizer]  # weights, gradients, average, moments
+    assert float(row["state"]) == pytest.approx(each * parameters / 2**30, abs=0.051)
 
 
 @pytest.mark.parametrize(("name", "row"), FIRST, ids=[name for name, _ in FIRST])
@@ -89,6 +91,7 @@ def test_imagen_is_the_paper() -> None:
             2048, 2.5e6, 10_000,
         )  # fmt: skip
         assert (train.lr, train.betas, train.weight_decay, train.text_drop) == (1e-4, (0.9, 0.999), 0, 0.1)
+        assert train.optimizer == ("adafactor" if name == "base" else "adamw")
     assert recipe.sr1024 is not None and recipe.sr1024.train.crop_px == 256
 
 

@@ -76,12 +76,13 @@ def names(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir())
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    run = Run()
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+    run = Run(optimizer=optimizer)
     run.steps(3)
     folder = run.save(tmp_path, 24)
     assert folder.name == "state-0000000024"
-    other = Run(seed=9)
+    other = Run(seed=9, optimizer=optimizer)
     assert other.load(tmp_path) == (24, folder, [])
     assert same(run, other) and [e.updates for e in other.trained.averages] == [3, 3]
     run.steps(3)
