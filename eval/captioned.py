@@ -1,10 +1,11 @@
 """Captioned picture folders: metadata.jsonl beside the pictures, one JSON object a line with file_name
-(relative to the folder), text and split. Other keys are ignored."""
+(relative to the folder), text and split. Other keys that hold texts are attributes of the picture."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from cascade.errors import InputError
 from cascade.images import downsample, from_pil
 
 METADATA = "metadata.jsonl"
+KEYS = ("file_name", "text", "split")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Record:
     path: Path
     text: str
     split: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -39,13 +42,14 @@ def read_records(folder: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            values = [row[key] for key in ("file_name", "text", "split")]
+            values = [row[key] for key in KEYS]
         except (json.JSONDecodeError, KeyError, TypeError):
             values = []
         if not values or not all(isinstance(value, str) for value in values):
             raise InputError(f"{path}:{number}: expected a JSON object with texts file_name, text and split")
         file_name, text, split = values
-        records.append(Record(folder / file_name, text, split))
+        others = {k: v for k, v in row.items() if k not in KEYS and isinstance(v, str)}
+        records.append(Record(folder / file_name, text, split, others))
     return records
 
 

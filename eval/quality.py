@@ -65,7 +65,7 @@ def match(pipe: Cascade, chosen: dict[str, list[Record]], seed: int, out: Path) 
     report = {}
     for split, records in chosen.items():
         captions = [record.text for record in records]
-        seeds = [random.key(seed, caption, 0) for caption in captions]
+        seeds = picture_seeds(captions, seed)
         drawn = draw_pictures(pipe, captions, seeds, stage.config.name, split)
         real = torch.stack([load_picture(record, stage.config.image_px) for record in records])
         text = pipe.encode(captions).pooled
@@ -93,9 +93,14 @@ def draw_pictures(pipe: Cascade, captions: list[str], seeds: list[int], stage: s
     parts = [slice(i, i + BATCH) for i in range(0, len(captions), BATCH)]
     pictures = [
         pipe(captions[part], seed=seeds[part], stop_at=stage).stages[stage]
-        for part in _bar(parts, f"match {what}")
+        for part in bar(parts, f"match {what}")
     ]
     return torch.cat(pictures)
+
+
+def picture_seeds(captions: Sequence[str], seed: int) -> list[int]:
+    """The seed of each caption's picture, whatever else is drawn."""
+    return [random.key(seed, caption, 0) for caption in captions]
 
 
 def caption_ranks(image: Tensor, text: Tensor) -> Tensor:
@@ -125,11 +130,11 @@ def _enlarge_all(pipe: Cascade, name: str, records: list[Record], seed: int) -> 
     assert config.lowres_px is not None
     settings: dict[str, Any] = {name: {"aug_level": 0.0}}
     rows = []
-    for record in _bar(records, name):
+    for record in bar(records, name):
         real = load_picture(record, config.image_px)[None]  # 1 3 H W
         lowres = downsample(real, config.lowres_px)
         bicubic = upsample(lowres, (config.image_px, config.image_px)).clamp(-1, 1)
-        seeds = [random.key(seed, record.text, 0)]
+        seeds = picture_seeds([record.text], seed)
         output = pipe(record.text, seed=seeds, start_at=name, stop_at=name, images=lowres, **settings)
         drawn = output.stages[name].cpu()
         rows.append([psnr(drawn, real), psnr(bicubic, real), disagreement(drawn, lowres)])
@@ -169,7 +174,7 @@ def speed(pipe: Cascade, folder: Path, prompt: str, seed: int) -> dict[str, Any]
     """Seconds of a call with default settings after one to warm up (the median, and each), and seconds and
     peak memory of the same as a command. Raises InputError where the command fails."""
     size, calls = pipe(prompt, seed=seed).images[0].size, []
-    for _ in _bar(range(WARM_CALLS), "speed"):
+    for _ in bar(range(WARM_CALLS), "speed"):
         start = time.perf_counter()
         pipe(prompt, seed=seed)  # the pictures come as PIL images: nothing is left to wait for
         calls.append(time.perf_counter() - start)
@@ -191,13 +196,13 @@ def speed(pipe: Cascade, folder: Path, prompt: str, seed: int) -> dict[str, Any]
 # -- command line --------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see python -m {self.prog} --help")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="eval.quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -332,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _bar(items: Sequence[Any], what: str) -> Any:
+def bar(items: Sequence[Any], what: str) -> Any:
     """Progress on stderr, when that is a terminal."""
     console = Console(stderr=True)
     return track(items, what, console=console, disable=not console.is_terminal, transient=True)
