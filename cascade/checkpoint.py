@@ -9,6 +9,7 @@ The layout is the diffusers convention. Nothing here can execute code: no pickle
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cascade import __version__
 from cascade.config import read_mapping
 from cascade.errors import InputError, unknown
-from cascade.pretrained.source import LEGACY, STEMS, few, read_tensors, write_tensors
+from cascade.pretrained.source import LEGACY, STEMS, read_tensors, write_tensors
 
 CONFIG = "config.json"
 WEIGHTS = f"{STEMS[0]}.safetensors"
@@ -40,6 +42,7 @@ CLASSES = {
 }
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.yml", "*.yaml", "LICENSE*", "README.md"]
 # txt and model are tokenizers' vocabularies, yml and yaml configurations of original repositories
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 LAST = "last."  # prefix of the tensors of a stage's second network, that of its last step
 
 
@@ -91,21 +94,39 @@ def load_component(folder: str | Path, class_name: str | None = None, device: st
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Put `tensors` into `module`: copied into its dtype, or taken as they are when it is on the meta device.
-    Raises InputError that names missing, unexpected and mis-shaped tensors; then nothing is loaded."""
+    Raises InputError as `check_tensors`; then nothing is loaded."""
     wanted = module.state_dict()
-    problems = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - wanted.keys()),
-        "mis-shaped": [
-            f"{name} {list(tensors[name].shape)} instead of {list(wanted[name].shape)}"
-            for name in wanted
-            if name in tensors and tensors[name].shape != wanted[name].shape
-        ],
-    }
-    found = [f"{kind}: {few(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise InputError(f"weights of {where} do not fit its config ({'; '.join(found)})")
+    check_tensors(tensors, wanted, where)
     module.load_state_dict(dict(tensors), strict=True, assign=any(t.is_meta for t in wanted.values()))
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise InputError, one line, that names the first missing, unexpected, transposed or wrongly shaped
+    tensor of each kind. A transposed square matrix cannot be told by its shape."""
+    missing = [f"{name} {_shape(t)}" for name, t in expected.items() if name not in found]
+    unexpected = [f"{name} {_shape(t)}" for name, t in found.items() if name not in expected]
+    transposed, shaped = [], []
+    for name, t in expected.items():
+        if name in found and found[name].shape != t.shape:
+            line = f"{name}, {_shape(found[name])} instead of {_shape(t)}"
+            (transposed if found[name].shape == t.shape[::-1] else shaped).append(line)
+    kinds = {
+        "missing tensor": missing,
+        "unexpected tensor": unexpected,
+        "transposed tensor": transposed,
+        "wrongly shaped tensor": shaped,
+    }
+    problems = [
+        f"{kind} {lines[0]}{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}"
+        for kind, lines in kinds.items()
+        if lines
+    ]
+    if problems:
+        raise InputError(f"{where}: {'; '.join(problems)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
 
 
 # -- whole models ------------------------------------------------------------------------------------------
@@ -205,7 +226,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends without an error.
 
     The old folder, if any, goes only after the new one is flushed and in its place. After an error the
-    temporary folder is removed and the old one is untouched."""
+    temporary folder is removed and the old one is untouched. Raises InputError for a disk that is full."""
     folder = Path(folder).resolve()  # a link stays a link: what it points to is replaced
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -218,16 +239,37 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-            os.replace(folder, old)  # onto an empty folder: atomic
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
+            _replace(folder, temporary)
         else:
             os.replace(temporary, folder)
         _flush(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if reason := _why_unwritable(error):
+            raise InputError(f"cannot write {folder}: {reason}; what was there before stays") from None
         raise
+
+
+def _replace(folder: Path, new: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    try:
+        os.replace(folder, old)  # onto an empty folder: atomic
+        os.replace(new, folder)
+    except BaseException:
+        if folder.exists():
+            old.rmdir()
+        else:
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _why_unwritable(error: BaseException) -> str | None:
+    """Of an error that the disk made, as Python or safetensors tells it."""
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return error.strerror
+    told = isinstance(error, SafetensorError) and re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
+    return told[1] if told and int(told[2]) in UNWRITABLE else None
 
 
 def write_json(path: Path, data: Any) -> None:

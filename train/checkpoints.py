@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,8 @@ class Checkpoints:
         return Counters(images, state["seconds"])
 
     def save(self, counters: Counters, *, averages: bool) -> Tensors:
-        """Copy the state, and begin to write it. The component is written at once; its tensors are
-        returned, on the main process."""
+        """Copy the state, and begin to write it and the component, whose tensors are returned, on the main
+        process."""
         self.join()
         ema = self.trained.averages[0]
         snapshot, component = self.trained.snapshot(self.main), gather(ema.state_dict(), self.main)
@@ -99,14 +101,24 @@ class Checkpoints:
                 "identity": self.identity(),
                 "settings": self.settings(),
             }
-            self._writer.start(self._write, snapshot, state, averages)
-            self.task.save(component)
+            self._writer.start(self._write, snapshot, state, averages, component)
         return component
 
-    def _write(self, snapshot: dict[str, Tensors], state: dict[str, Any], averages: bool) -> None:
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """However the block is left, what is being written then is written first."""
+        try:
+            yield
+        finally:
+            self.join()
+
+    def _write(
+        self, snapshot: dict[str, Tensors], state: dict[str, Any], averages: bool, component: Tensors
+    ) -> None:
         save_state(self.folder, snapshot, state)
         if averages:
             save_averages(self.folder, snapshot, state)
+        self.task.save(component)
 
     def join(self, *, needed: bool = False) -> None:
         """Wait for the state that is being written. One that could not be is told, and tried again at the

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from cascade import random
 from cascade.config import to_dict
+from cascade.errors import InputError
 from cascade.images import save_png
 from cascade.nn.unet import UNet
 from train.batches import Batch, Batches
@@ -130,7 +131,7 @@ class Run:
         reports = Reports(self.accelerator.device)
         self.model.train()
         self.clock.restart()
-        with self.stop.deferred():
+        with self.stop.deferred(), self.checkpoints.finishing():
             loader = self._loader(first, steps)
             for batch in batches(loader, self._complete, self.rank, self.world):
                 self.clock.data_ready()
@@ -259,7 +260,10 @@ class Run:
         if due.get("validation"):
             self.log.event(*self.validation.run(self.averages[0].average).event(self.stage, images))
         if self.main and due["grid"] and (sheet := self.task.grid(component)) is not None:
-            save_png(sheet, self.folder / f"grid-{images:010d}.png")
+            try:
+                save_png(sheet, self.folder / f"grid-{images:010d}.png")
+            except InputError as error:  # a full disk: the next one may fit
+                self.console.print(str(error))
             self.trackers.grid("grid", sheet, images)
 
 

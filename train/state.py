@@ -111,17 +111,13 @@ def save_averages(out: Path, snapshot: dict[str, Tensors], state: dict[str, Any]
 
 
 def _write(folder: Path, snapshot: dict[str, Tensors], state: dict[str, Any]) -> None:
-    try:
-        with new_folder(folder) as temporary:
-            for name, tensors in snapshot.items():
-                plain = {k: v.contiguous() for k, v in tensors.items()}
-                save_file(plain, temporary / f"{name}.safetensors")
-            write_json(temporary / "state.json", state)
-            hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-            write_json(temporary / "manifest.json", hashes)
-    except (OSError, SafetensorError) as error:  # a full disk, as each of the two says it
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"cannot save {folder}: {reason}; what was saved before stays") from None
+    with new_folder(folder) as temporary:
+        for name, tensors in snapshot.items():
+            plain = {k: v.contiguous() for k, v in tensors.items()}
+            save_file(plain, temporary / f"{name}.safetensors")
+        write_json(temporary / "state.json", state)
+        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", hashes)
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,19 @@ class Log:
         return seconds
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        if self._main:
-            with (self.folder / name).open("a") as file:
+        """A line of a file. One that cannot be written is told, and training goes on."""
+        if not self._main:
+            return
+        path = self.folder / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-            self.trackers.log(record.get("event", "train"), record, record["images"])
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)  # no half line before the next
+            self.console.print(f"cannot write {path}: {error.strerror}")
+        self.trackers.log(record.get("event", "train"), record, record["images"])
 
 
 def _images_of(line: bytes) -> float:

@@ -194,7 +194,7 @@ def test_old_states_go_only_when_the_new_one_stands(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "write_json", full)
-        with pytest.raises(InputError, match="cannot save .*24: No space left on device; .* before stays"):
+        with pytest.raises(InputError, match="cannot write .*24: No space left on device; .* before stays"):
             run.save(tmp_path, 24)
     assert names(tmp_path) == ["state-0000000008", "state-0000000016"]
     assert Run().load(tmp_path)[0] == 16
