@@ -28,7 +28,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def from_uint8(x: Tensor) -> Tensor:
     """uint8 to float32 in [-1, 1] of the same shape; `to_uint8` inverts it exactly."""
-    return x.float() / 127.5 - 1
+    return x.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:

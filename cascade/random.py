@@ -7,7 +7,7 @@ picture is in, the number of processes, or a resume. Draws on one device type re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ MAX_SEED = 2**63 - 1
 
 def key(seed: int, *parts: str | int) -> int:
     """A 63-bit integer that is a pure function of the seed and the parts (BLAKE2b of their text)."""
-    text = "\x1f".join([str(int(seed)), *(str(part) for part in parts)])
+    text = "\x1f".join(map(str, (int(seed), *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -32,14 +32,27 @@ def normal(
     shape: Sequence[int], seeds: Sequence[int], *parts: str | int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Unit Gaussian noise, float32, of shape (len(seeds), *shape); row i is keyed by (seeds[i], parts)."""
-    rows = [torch.randn(*shape, generator=generator(s, *parts, device=device), device=device) for s in seeds]
-    return torch.stack(rows)
+    rows = torch.empty(len(seeds), *shape, device=device)
+    for row, draws in zip(rows, _generators(seeds, *parts, device=device), strict=True):
+        row.normal_(generator=draws)
+    return rows
 
 
 def uniform(seeds: Sequence[int], *parts: str | int, count: int = 1) -> Tensor:
     """Uniform draws in [0, 1), float64, of shape (len(seeds), count), on the CPU."""
-    rows = [torch.rand(count, generator=generator(s, *parts), dtype=torch.float64) for s in seeds]
-    return torch.stack(rows)
+    rows = torch.empty(len(seeds), count, dtype=torch.float64)
+    for row, draws in zip(rows, _generators(seeds, *parts), strict=True):
+        row.uniform_(generator=draws)
+    return rows
+
+
+def _generators(
+    seeds: Sequence[int], *parts: str | int, device: torch.device | str = "cpu"
+) -> Iterator[torch.Generator]:
+    """For each seed the generator of `generator(seed, *parts)`, which is one, started anew each time."""
+    draws = torch.Generator(device=device)
+    for seed in seeds:
+        yield draws.manual_seed(key(seed, *parts))
 
 
 def seed_list(seed: int | Sequence[int], count: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Batches of each stage: everything a step consumes, keyed by the sample's position in the run.
 
-Loader processes read pictures and look captions up. What only the training process can do, with the device
-and the encoders, it does to the batches that it receives from them.
+Loader processes read pictures and look captions up, and pass them on in the least bytes. The training process
+makes of them what networks take, and does what only it can, with the device and the encoders.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from cascade import random
 from cascade.augment import corrupt_training
 from cascade.conditioning import Conditioning, TextEmbedding, Tokens
 from cascade.images import downsample, from_uint8
+from train.bundle import Bundle, bundled
 from train.data import PictureSet, Reader
-from train.encoded import ImageStore, TextStore
+from train.encoded import ImageStore, TextStore, padded
 from train.recipe import ClipRecipe, Recipe, StageRecipe
 
 Batch = dict[str, Tensor]
 GUESS = "guess_"  # begins the names of what only the guess of x_0 learns from
+RAW = ("captions", "views", "tokens", "places")  # begin the names of what `complete` makes something else of
 CROP_CANDIDATES = 2  # of which the crop with more contrast is kept: much of a drawing is flat
 
 
-class Batches(Dataset[Batch]):
-    """Item k is this process's share of step k. Out of a loader process it may lack what `Maker.complete`
-    fills in."""
+class Batches(Dataset[Bundle]):
+    """Item k is this process's share of step k, for `Maker.complete`."""
 
     def __init__(
         self, make: Maker, batch: int, rank: int, world: int, seed: int, stage: str, steps: int
@@ -40,11 +41,10 @@ class Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Bundle:
         positions = list(range(step * self._batch + self._rank, (step + 1) * self._batch, self._world))
         seeds = [random.key(self._seed, "train", self._stage, p) for p in positions]
-        in_loader = get_worker_info() is not None
-        return self._make.draw(positions, seeds) if in_loader else self._make(positions, seeds)
+        return bundled(self._make.draw(positions, seeds))
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Maker(ABC):
     batch; `draw` and `complete` are the halves of the loader's and of the training process."""
 
     images: ImageStore | None = None  # where image embeddings come from, in a stage that takes them
+    learned_null = True  # False: the empty caption stands for one that is dropped
 
     def __init__(self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore, px: int) -> None:
         """px: the size that the stage needs a picture to have."""
@@ -75,16 +76,22 @@ class Maker(ABC):
 
     @abstractmethod
     def draw(self, positions: list[int], seeds: list[int]) -> Batch:
-        """The batch; where something is yet to be encoded, `captions` (as bytes) and `views` stand for it."""
+        """The batch, with pictures as bytes and texts as `TextStore.gathered`; where something is yet to be
+        encoded, `captions` (as bytes) and `views` stand for it."""
 
     def complete(self, batch: Batch, device: torch.device | str = "cpu") -> Batch:
-        """Encode what is not yet."""
-        done = {name: value for name, value in batch.items() if name not in ("captions", "views")}
+        """The batch on the device as networks take it: pictures in [-1, 1], texts padded, all encoded."""
+        moved = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+        done = {name: x for name, x in moved.items() if not name.startswith(RAW)}
+        if "x" in moved:
+            done["x"] = from_uint8(moved["x"])
+        if "tokens0" in moved:
+            done |= text_batch(padded(moved))
         if "captions" in batch:
-            done |= text_batch(self.text.to(device)(unpacked(batch["captions"])))
-        if "views" in batch:
+            done |= text_batch(self.text.to(device)(unpacked(batch["captions"])).to(device))
+        if "views" in moved:
             assert self.images is not None
-            done["image_embed"] = self.images.to(device).encode(batch["views"].to(device))
+            done["image_embed"] = self.images.to(device).encode(moved["views"])
         return done
 
     def samples(self, positions: list[int]) -> list[int]:
@@ -122,22 +129,26 @@ class Maker(ABC):
         return {}
 
     def captions(self, samples: list[Sample], seeds: list[int]) -> Batch:
-        """A caption a sample by the captions' weights: states0, mask0, states1, ... by token sequence, or
+        """A caption a sample by the captions' weights: tokens0, places0, tokens1, ... by token sequence, or
         `captions` where the cache lacks one."""
         texts = [self.pictures.caption(s.index, seed) for s, seed in zip(samples, seeds, strict=True)]
+        if not self.learned_null:
+            kept = random.uniform(seeds, "drop", count=2)[:, 0] >= self.train.text_drop  # B
+            texts = [text if keep else "" for text, keep in zip(texts, kept.tolist(), strict=True)]
         rows = [row for row in self.text.rows(texts) if row is not None]
         if len(rows) < len(texts):
             return {"captions": packed(texts)}
-        return text_batch(self.text.padded(rows))
+        return self.text.gathered(rows)
 
     def keep(self, seeds: list[int]) -> Batch:
-        """What each sample is still told: `keep_text` B S, a column a token sequence; `keep_image` B."""
+        """What each sample is still told: `keep_text` B S, a column a token sequence, for networks with a
+        null of their own; `keep_image` B."""
         first, image = random.uniform(seeds, "drop", count=2).unbind(1)  # B, B
-        others = [random.uniform(seeds, "drop", i)[:, 0] for i in range(1, len(self.text.dims))]
-        return {
-            "keep_text": torch.stack([first, *others], dim=1) >= self.train.text_drop,
-            "keep_image": image >= self.train.image_drop,
-        }
+        kept = {"keep_image": image >= self.train.image_drop}
+        if self.learned_null:
+            others = [random.uniform(seeds, "drop", i)[:, 0] for i in range(1, len(self.text.dims))]
+            kept["keep_text"] = torch.stack([first, *others], dim=1) >= self.train.text_drop
+        return kept
 
     def times(self, positions: list[int], seeds: list[int]) -> Tensor:
         """Times stratified over the global batch, (i + u) / B, float64: less variance of the loss."""
@@ -167,8 +178,9 @@ class ClipMaker(Maker):
 
 class PriorMaker(Maker):
     def __init__(self, recipe: Recipe, pictures: PictureSet, text: TextStore, images: ImageStore) -> None:
-        assert recipe.clip is not None
+        assert recipe.clip is not None and recipe.prior is not None
         super().__init__(recipe, "prior", pictures, text, 1)
+        self.learned_null = recipe.prior.model.learned_null
         self.images, self.embed_dim = images, recipe.clip.embed_dim
 
     def read(self, index: int, seed: int) -> Sample:
@@ -193,6 +205,7 @@ class StageMaker(Maker):
         assert isinstance(part, StageRecipe)
         super().__init__(recipe, stage, pictures, text, part.stage.image_px)
         self.cfg, self.images = part.stage, images
+        self.learned_null = part.stage.unet.learned_null
         self.pixels = pictures.view(self.cfg.image_px)
 
     def read(self, index: int, seed: int) -> Sample:
@@ -207,7 +220,7 @@ class StageMaker(Maker):
         if self.cfg.lowres_px:
             augment = self.cfg.augment
             assert augment is not None
-            lowres = downsample(batch["x"], shape[-1] * self.cfg.lowres_px // self.cfg.image_px)
+            lowres = downsample(from_uint8(batch["x"]), shape[-1] * self.cfg.lowres_px // self.cfg.image_px)
             batch["lowres"] = corrupt_training(lowres, augment, seeds, self.stage)
             batch["aug_level"] = (random.uniform(seeds, "aug")[:, 0] * augment.max_level).float()
             batch["aug_noise"] = random.normal(shape, seeds, "aug_noise")
@@ -245,7 +258,7 @@ class StageMaker(Maker):
         return {GUESS + name: x for name, x in batch.items()}
 
     def _pictures(self, samples: list[Sample], seeds: list[int]) -> Tensor:
-        """B 3 H W in [-1, 1]: whole pictures, or a crop of each."""
+        """B 3 H W, uint8: whole pictures, or a crop of each."""
         crop = self.train.crop_px
         if crop is None:
             return whole(samples)
@@ -254,7 +267,7 @@ class StageMaker(Maker):
         for sample, seed in zip(samples, seeds, strict=True):
             assert sample.pixels is not None
             rows.append(best_crop(sample.pixels, crop, multiple, seed))
-        return from_uint8(torch.stack(rows))
+        return torch.stack(rows)
 
 
 def guess_part(batch: Batch) -> Batch:
@@ -277,9 +290,9 @@ def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:
 
 
 def whole(samples: list[Sample]) -> Tensor:
-    """Pictures as B 3 H W in [-1, 1], channels last as networks want them."""
+    """Pictures as B 3 H W, uint8, channels last as networks want them."""
     rows = [s.pixels.permute(1, 2, 0) for s in samples if s.pixels is not None]
-    return from_uint8(torch.stack(rows).permute(0, 3, 1, 2))
+    return torch.stack(rows).permute(0, 3, 1, 2)
 
 
 def packed(texts: list[str]) -> Tensor:
@@ -313,6 +326,6 @@ def conditioning_of(batch: Batch, lowres: Tensor | None) -> Conditioning:
         image_embed=batch.get("image_embed"),
         lowres=lowres,
         aug_level=batch.get("aug_level"),
-        text_keep=batch["keep_text"] if text is not None else None,
+        text_keep=batch.get("keep_text") if text is not None else None,
         image_keep=batch["keep_image"] if "image_embed" in batch else None,
     )

@@ -5,8 +5,8 @@
     000000.safetensors     rows of several tensors, ragged along their first axis, one after another:
                            FIELD (the rows), FIELD.ends, and of each row the hash of its name and of its bytes
 
-Rows are read lazily, so memory does not grow with the cache, and each is checked against its hash when it is
-read: a damaged one is found before it is used, without a look at the rest.
+Rows are parts of the mapped files, so memory does not grow with the cache, and each is checked against its
+hash when a process first reads it: a damaged one is found before it is used, without a look at the rest.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class Cache:
             self.about: dict[str, Any] = manifest["about"]
             self.sources: dict[str, str | None] = dict(manifest["shards"])
             self._shards = [folder / name for name in self.sources]
-            self._index = np.load(folder / INDEX, mmap_mode="r")
+            self._index = np.load(folder / INDEX, mmap_mode="r").view(np.ndarray)  # memmap's own is slow
             if self._index.dtype != ENTRY:
                 raise ValueError("other columns")
+            self._names = self._index["name"]
         except Exception as error:  # numpy parses a damaged header as Python, with all that may raise
             raise _damaged(folder, error) from None
         self.folder = folder
@@ -56,27 +57,30 @@ class Cache:
         return len(self._index)
 
     def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+        return self._find(name_hash(name)) is not None
 
     def get(self, name: str) -> Row | None:
-        """The row of a name; None: it is not in the cache. Raises InputError where it is damaged."""
-        place = self._find(name)
-        return None if place is None else self._shard(place[0]).read(place[1], name)
+        """The row of a name, not to be written to; None: it is not in the cache. Raises InputError where it
+        is damaged."""
+        hashed = name_hash(name)
+        place = self._find(hashed)
+        return None if place is None else self._shard(place[0]).read(place[1], hashed)
 
     def verify(self) -> None:
         """Read every row. Raises InputError, with the shard's name, where one is damaged."""
         for number in range(len(self._shards)):
             shard = self._shard(number)
             for row in range(len(shard)):
-                shard.read(row)
+                shard.check(row)
 
-    def _find(self, name: str) -> tuple[int, int] | None:
-        first, second = name_hash(name)
-        at = bisect_left(self._index["name"], first)
-        # of two names with equal first halves one is not found here, which is no harm: it is encoded anew
-        if at == len(self._index) or (self._index["name"][at], self._index["check"][at]) != (first, second):
+    def _find(self, hashed: tuple[int, int]) -> tuple[int, int] | None:
+        """Shard and row of a name."""
+        at = bisect_left(self._names, hashed[0])
+        if at == len(self._index):
             return None
-        return int(self._index["shard"][at]), int(self._index["row"][at])
+        first, second, shard, row = self._index[at].item()
+        # of two names with equal first halves one is not found here, which is no harm: it is encoded anew
+        return (shard, row) if (first, second) == hashed else None
 
     def _shard(self, number: int) -> _Shard:
         if number not in self._open:
@@ -95,31 +99,40 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(path, "pt")
-            tensors = set(self._file.keys())
-            self._hashes = self._file.get_tensor("hashes").numpy().view(np.uint64)  # N 3
-            self._fields = sorted(t.removesuffix(".ends") for t in tensors if t.endswith(".ends"))
-            self._ends = {f: self._file.get_tensor(f"{f}.ends").tolist() for f in self._fields}
-            self._rows = {f: self._file.get_slice(f) for f in self._fields}
+            file = safe_open(path, "pt")
+            self._hashes = file.get_tensor("hashes").numpy().view(np.uint64)  # N 3
+            fields = sorted(t.removesuffix(".ends") for t in file.keys() if t.endswith(".ends"))
+            self._ends = {f: file.get_tensor(f"{f}.ends").tolist() for f in fields}
+            self._rows = {f: file.get_tensor(f) for f in fields}  # mapped, not read
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
+        self._checked = np.zeros(len(self._hashes), bool)
 
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def read(self, row: int, name: str | None = None) -> Row:
-        """Raises InputError where the bytes, or the name, are not those that were written."""
-        result = {}
-        try:
-            for field in self._fields:
-                ends = self._ends[field]
-                result[field] = self._rows[field][(ends[row - 1] if row else 0) : ends[row]]
-        except (SafetensorError, IndexError, ValueError, OverflowError) as error:
-            raise _damaged(self.path, error) from None
-        found = [int(x) for x in self._hashes[row]]
-        if found[2] != row_hash(result) or (name is not None and tuple(found[:2]) != name_hash(name)):
+    def read(self, row: int, hashed: tuple[int, int]) -> Row:
+        """The row of a name. Raises InputError where the bytes, or the name, are not those written."""
+        if not 0 <= row < len(self) or tuple(self._hashes[row, :2].tolist()) != hashed:
+            raise _damaged(self.path, f"row {row} is another's")
+        if not self._checked[row]:
+            self.check(row)
+        return self._row(row)
+
+    def check(self, row: int) -> None:
+        """Raises InputError where the bytes are not those that were written."""
+        if self._hashes[row, 2] != row_hash(self._row(row)):
             raise _damaged(self.path, f"the hash of row {row} differs")
-        return result
+        self._checked[row] = True
+
+    def _row(self, row: int) -> Row:
+        try:
+            return {
+                field: self._rows[field][(ends[row - 1] if row else 0) : ends[row]]
+                for field, ends in self._ends.items()
+            }
+        except (IndexError, RuntimeError) as error:
+            raise _damaged(self.path, error) from None
 
 
 def write_shard(path: Path, source: str, names: Sequence[str], rows: Sequence[Row]) -> None:

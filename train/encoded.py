@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from rich.progress import track
 from torch import Tensor
+from torch.nn import functional as F
 
 from cascade import random
 from cascade.conditioning import TextEmbedding, Tokens
@@ -93,13 +94,16 @@ class Store(ABC):
 class TextStore(Store):
     """Captions to token states, padded to the encoder's length."""
 
-    def __init__(self, pictures: PictureSet, reference: dict[str, Any]) -> None:
-        """Raises InputError where the recipe names the cache of another encoder."""
+    def __init__(self, pictures: PictureSet, reference: dict[str, Any], padding: bool = False) -> None:
+        """padding: keep the states of padding too, for networks that attend to it. Raises InputError where
+        the recipe names the cache of another encoder."""
         self.encoder = load_text_encoder(reference)
         self.max_length, self.dims = self.encoder.max_length, tuple(self.encoder.dims)
-        self._types = stored_types(self.encoder)
+        self._types, self._padding = stored_types(self.encoder), padding
+        self._null: Row | None = None
         about = {"kind": "text", "encoder": fingerprint(self.encoder.reference())}
         about |= {"max_length": self.max_length, "dims": list(self.dims)}
+        about |= {"padding": True} if padding else {}
         given = pictures.cfg.text_cache
         super().__init__(pictures, about, Path(given) if given else None)
 
@@ -107,15 +111,21 @@ class TextStore(Store):
         """Encoded captions: of each sequence B L D, float32, and B L; pooled B D where the encoder has it."""
         rows = self.rows(captions)
         fresh = iter(self.encode([c for c, row in zip(captions, rows, strict=True) if row is None]))
-        return self.padded([next(fresh) if row is None else row for row in rows])
+        return padded(self.gathered([next(fresh) if row is None else row for row in rows]))
 
     def to(self, device: torch.device | str) -> Self:
         self.encoder.to(device)
         return self
 
+    def with_null(self) -> Self:
+        """Know the empty caption, which is in no cache: it stands for those that dropout chose."""
+        (self._null,) = self.encode([""])
+        return self
+
     def rows(self, captions: Sequence[str]) -> list[Row | None]:
-        """What the cache holds of each caption."""
-        return [None if self.cache is None else self.cache.get(c) for c in captions]
+        """What is known of each caption without the encoder."""
+        known = (lambda caption: None) if self.cache is None else self.cache.get
+        return [known(caption) if caption else self._null for caption in captions]
 
     def encode(self, captions: Sequence[str]) -> list[Row]:
         """Rows of captions, by the encoder."""
@@ -125,24 +135,27 @@ class TextStore(Store):
         for k, caption in enumerate(captions):
             row = {} if text.pooled is None else {"pooled": text.pooled[k : k + 1].float().cpu()}
             for i, (tokens, kind) in enumerate(zip(text.sequences, self._types, strict=True)):
-                row[f"states{i}"] = tokens.states[k][tokens.mask[k]].to(kind).cpu()
+                states = tokens.states[k] if self._padding else tokens.states[k][tokens.mask[k]]
+                row[f"states{i}"] = (states.to(kind) if states.is_floating_point() else states).cpu()
                 if not row[f"states{i}"].isfinite().all():
                     raise InputError(f"text encoder: caption {caption!r:.100} has states beyond {kind}")
             rows.append(row)
         return rows
 
-    def padded(self, rows: Sequence[Row]) -> TextEmbedding:
-        sequences = []
+    def gathered(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows in the least bytes, for `padded`: `tokens{i}` N D, those of all rows one after another, behind
+        one of zeros; `places{i}` B L, where they stand, 0 for padding; `pooled` B D where there is one."""
+        found: dict[str, Tensor] = {}
         for i, width in enumerate(self.dims):
-            states = torch.zeros(len(rows), self.max_length, width)  # B L D
-            mask = torch.zeros(len(rows), self.max_length, dtype=torch.bool)  # B L
-            for k, row in enumerate(rows):
-                part = row[f"states{i}"]
-                states[k, : len(part)] = part
-                mask[k, : len(part)] = True
-            sequences.append(Tokens(states, mask))
-        pooled = torch.cat([row["pooled"] for row in rows]) if "pooled" in rows[0] else None
-        return TextEmbedding(tuple(sequences), pooled)
+            parts = [row[f"states{i}"] for row in rows]
+            lengths = torch.tensor([len(part) for part in parts])[:, None]  # B 1
+            column = torch.arange(self.max_length)  # L
+            places = 1 + lengths.cumsum(0) - lengths + column  # B L
+            found[f"tokens{i}"] = torch.cat([parts[0].new_zeros(1, width), *parts])
+            found[f"places{i}"] = places.where(column < lengths, 0).int()
+        if "pooled" in rows[0]:
+            found["pooled"] = torch.cat([row["pooled"] for row in rows])
+        return found
 
     def listed(self, shard: int) -> list[str]:
         """The captions of its pictures, each once."""
@@ -228,6 +241,16 @@ class ImageStore(Store):
                 quarantine.add(bad)
         device = next(self.clip.parameters()).device
         return found, self.encode(torch.stack(views).to(device)).cpu() if views else torch.zeros(0, 1)
+
+
+def padded(gathered: dict[str, Tensor]) -> TextEmbedding:
+    """Texts as networks take them: states B L D, float32, zero where they are padded, and masks B L."""
+    sequences = []
+    while (places := gathered.get(f"places{len(sequences)}")) is not None:
+        tokens = gathered[f"tokens{len(sequences)}"]  # N D
+        tokens = tokens.float() if tokens.is_floating_point() else tokens  # ids stay what they are
+        sequences.append(Tokens(F.embedding(places, tokens), places > 0))
+    return TextEmbedding(tuple(sequences), gathered.get("pooled"))
 
 
 def fingerprint(reference: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cascade.errors import InputError
 from cascade.images import save_png
 from cascade.nn.unet import UNet
 from train.batches import Batch, Batches
+from train.bundle import Bundle
 from train.checkpoints import Checkpoints, record
 from train.ema import EMA, PowerEMA
 from train.guards import BINS, Report, Skips, Spikes, by_noise_level, skip_event, skip_message
@@ -158,11 +159,9 @@ class Run:
             multiprocessing_context=FORK if cfg.workers else None,
         )
 
-    def _complete(self, batch: Batch) -> Batch:
-        """A loader's batch with what it could not encode, on the device."""
-        device = self.accelerator.device
-        completed = self.task.make.complete(batch, device)
-        return {name: x.to(device, non_blocking=True) for name, x in completed.items()}
+    def _complete(self, bundle: Bundle) -> Batch:
+        """A loader's batch as networks take it, on the device."""
+        return self.task.make.complete(bundle.open(), self.accelerator.device)
 
     def _count(self, batch: Batch, reports: Reports) -> None:
         """Make a step of a batch, and count it."""

@@ -70,7 +70,8 @@ def make(tiny: Tiny, pictures: EmojiPictures, text: TextStore) -> Make:
 def batch_of(
     maker: Any, step: int, *, seed: int = 0, rank: int = 0, world: int = 1, stage: str = "base"
 ) -> Batch:
-    return Batches(maker, maker.train.batch, rank, world, seed, stage, 100)[step]
+    data = Batches(maker, maker.train.batch, rank, world, seed, stage, 100)
+    return maker.complete(data[step].open())
 
 
 @pytest.mark.parametrize("stage", ORDER)

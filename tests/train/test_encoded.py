@@ -317,7 +317,7 @@ def test_what_no_cache_holds_is_encoded_in_the_training_process(
 
     online = maker(False)
     draw = online.draw([0, 1, 2], [0, 1, 2])
-    assert "states0" not in draw and "image_embed" not in draw
+    assert "tokens0" not in draw and "image_embed" not in draw
     expected = [maker(True)(list(range(8 * s, 8 * s + 8)), seeds(s)) for s in range(3)]
     loader: Any = DataLoader(
         Batches(online, 8, 0, 1, 0, "base", 3),
@@ -325,8 +325,8 @@ def test_what_no_cache_holds_is_encoded_in_the_training_process(
         num_workers=1,
         multiprocessing_context="fork",
     )
-    for batch, cached in zip(loader, expected, strict=True):
-        whole = online.complete(batch, "cpu")
+    for bundle, cached in zip(loader, expected, strict=True):
+        whole = online.complete(bundle.open(), "cpu")
         assert whole.keys() == cached.keys()
         for name, value in cached.items():
             assert torch.equal(whole[name], value) or torch.allclose(whole[name], value, atol=1e-6), name

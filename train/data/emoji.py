@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,7 @@ class EmojiPictures(PictureSet):
             if style not in known:
                 raise unknown("style", style, known, where=str(self.folder))
         self.records = [row for row in rows if row["style"] in cfg.styles]
+        self._captions: dict[int, list[str]] = {}
         self.train = [i for i, r in enumerate(self.records) if r["split"] == "train"]
         self.heldout = [i for i, r in enumerate(self.records) if r["split"] == "heldout"]
         if not self.train:
@@ -59,15 +62,22 @@ class EmojiPictures(PictureSet):
 
     def captions(self, index: int) -> list[str]:
         """The forms in the order of `caption_weights`, of which the last is several phrases."""
-        r = self.records[index]
+        if index not in self._captions:
+            self._captions[index] = self._forms(self.records[index])
+        return self._captions[index]
+
+    def _forms(self, r: dict) -> list[str]:
         tags = [t for t in r["tags"] if t not in r["label"].lower()][:3]
         tagged = f"{', '.join([r['label'], *tags])}, {r['style']} style"
         return [r["text"], tagged, r["label"], *phrases.phrases(r)]
 
     def caption(self, index: int, seed: int) -> str:
+        return self.captions(index)[weighted(self._weights, seed)]
+
+    @cached_property
+    def _weights(self) -> list[float]:
         *forms, phrase = self.cfg.caption_weights
-        weights = [*forms, *[phrase / phrases.COUNT] * phrases.COUNT]
-        return self.captions(index)[weighted(weights, seed)]
+        return [*forms, *[phrase / phrases.COUNT] * phrases.COUNT]
 
     def order(self, seed: int, min_px: int = 1) -> Periodic:
         return Periodic(self, seed)
@@ -90,7 +100,7 @@ class EmojiPictures(PictureSet):
         path = self.folder / "cache" / f"{'-'.join(sorted(self.cfg.styles))}-{px}.npy"
         if not self._is_current(path, px):
             self._make_pixels(path, px)
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="c").view(np.ndarray)
 
     def _is_current(self, path: Path, px: int) -> bool:
         """Whether the cache holds these records: the count, and a look at three pictures."""
@@ -130,7 +140,7 @@ class Periodic:
         while position >= self._starts[-1]:
             number = len(self._starts) - 1
             self._starts.append(self._starts[-1] + len(self._epoch(number)))
-        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        number = bisect_right(self._starts, position) - 1
         return int(self._epoch(number)[position - self._starts[number]])
 
     def replacement(self, position: int, attempt: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,7 +60,8 @@ class PictureSet(ABC):
         InputError where there is none."""
 
     def pixels(self, px: int) -> np.ndarray | None:
-        """All pictures at px x px as one array (N px px 3, uint8) on disk; None: they are read one by one."""
+        """All pictures at px x px as one array (N px px 3, uint8) on disk; None: they are read one by one. It
+        is mapped writable, as torch wants it, and what is written to it stays in memory."""
         return None
 
     def group(self, index: int) -> int:
@@ -95,12 +98,13 @@ class View:
 
     def __init__(self, pictures: PictureSet, px: int, enlarge: bool) -> None:
         self._pictures, self._px, self._enlarge = pictures, px, enlarge
-        self._pixels = pictures.pixels(px)
+        pixels = pictures.pixels(px)
+        self._pixels = None if pixels is None else torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def __call__(self, index: int, seed: int | None = None) -> Tensor:
         if self._pixels is None:
             return self._pictures.resized(index, self._px, seed, self._enlarge)
-        return torch.from_numpy(np.array(self._pixels[index])).permute(2, 0, 1)
+        return self._pixels[index]
 
 
 class Reader:
@@ -125,6 +129,6 @@ class Reader:
 
 def weighted(weights: Sequence[float], seed: int) -> int:
     """A draw of key `seed` from so many choices."""
-    edges = np.cumsum(weights)
+    edges = list(accumulate(weights))
     draw = random.uniform([seed], "caption").item() * edges[-1]
-    return int(np.searchsorted(edges[:-1], draw, side="right"))
+    return bisect_right(edges, draw, hi=len(edges) - 1)
