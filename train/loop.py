@@ -19,14 +19,24 @@ from cascade.config import to_dict
 from cascade.errors import InputError
 from cascade.images import save_png
 from cascade.nn.unet import UNet
+from train import zero
 from train.batches import Batch, Batches
 from train.bundle import Bundle
 from train.checkpoints import Checkpoints, record
 from train.ema import EMA, PowerEMA
-from train.guards import BINS, Report, Skips, Spikes, by_noise_level, skip_event, skip_message
+from train.guards import (
+    BINS,
+    Report,
+    Skips,
+    Spikes,
+    by_noise_level,
+    overflow_event,
+    skip_event,
+    skip_message,
+)
 from train.optim import MOMENT_BYTES, guarded_mean, learning_rate, make_optimizer, update
 from train.plan import Plan, make_plan
-from train.processes import Told, batches, in_turn, make_accelerator, together
+from train.processes import SHARDED, Told, batches, in_turn, layout, make_accelerator, together
 from train.recipe import Recipe
 from train.signals import Preempted, StopSignal, settle_worker
 from train.state import Tensors, Trained, gather
@@ -88,7 +98,7 @@ class Run:
         self.validation = Validation(self.task, accelerator)
         self.clock = Clock(accelerator.device)
         self.log = Log(self.folder, console, stage, 3 * plan.flops, self.clock, self.trackers, self.main)
-        self.skips, self.spikes = Skips(stage, self.cfg.skip_limit), Spikes()
+        self.skips, self.spikes = Skips(stage, self.cfg.skip_limit, accelerator.scaler is not None), Spikes()
 
     def _make(self, out: Path) -> tuple[Task, Trackers]:
         if self.main:
@@ -101,7 +111,8 @@ class Run:
     def _prepare(self) -> None:
         """Network, optimiser and averages, spread over the processes."""
         cfg, task = self.cfg, self.task
-        if self.accelerator.distributed_type != DistributedType.FSDP:  # it takes contiguous parameters alone
+        kind = self.accelerator.distributed_type
+        if kind not in SHARDED:  # which take contiguous parameters alone
             task.network.to(memory_format=torch.channels_last)
         if isinstance(task.network, UNet):
             task.network.gradient_checkpointing = cfg.gradient_checkpointing
@@ -111,7 +122,10 @@ class Run:
         # where Accelerate looks; nn.Module's own __setattr__ is typed for parameters and modules alone
         vars(task)["_no_split_modules"] = [name for name in GATHERED if name in present]
         optimizer = make_optimizer(cfg, task.network.parameters())
-        self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
+        if kind == DistributedType.DEEPSPEED:
+            self.model, self.optimizer = zero.prepare(self.accelerator, task, optimizer, cfg)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
         task.processes = self.world
         self.averages = [EMA(task.network, cfg.ema)]
         self.averages += [PowerEMA(task.network, sigma_rel) for sigma_rel in cfg.ema_sigma_rel]
@@ -209,7 +223,7 @@ class Run:
         self.log.add(report, cfg.batch)
         self.skips.add(report)
         if not report.finite:
-            self._name_samples(report, *kept)
+            self._name_skip(report, *kept)
             self.skips.check()
         for quarter, loss, median in self.spikes.add(report):
             low, high = quarter / BINS, (quarter + 1) / BINS
@@ -226,8 +240,11 @@ class Run:
             self.counters.seconds += self.log.flush(after, self.total, learning_rate(cfg, report.images))
         return report.stop
 
-    def _name_samples(self, report: Report, losses: Tensor, t: Tensor | None) -> None:
-        """Tell which samples a skipped update was made of. Collective."""
+    def _name_skip(self, report: Report, losses: Tensor, t: Tensor | None) -> None:
+        """Tell why an update was skipped, and which samples it was made of. Collective."""
+        if self.skips.overflow(report):
+            event = overflow_event(self.stage, report.images + self.cfg.batch)
+            return self.log.event(event, skip_message(event))
         share = range(report.images + self.rank, report.images + self.cfg.batch, self.world)
         positions = torch.tensor(share, device=losses.device)
         gathered = [
@@ -241,10 +258,11 @@ class Run:
     def _pause(self, due: dict[str, bool], stopped: bool) -> None:
         """Save, then show. What is slow comes after the state is safe, and a signal ends it at once."""
         done = self.counters.images >= self.total
-        if not self.skips.in_a_row:  # else the last state stays the newest: this one may be past help
+        if not self.skips.suspect:  # else the last state stays the newest: this one may be past help
             component = self.checkpoints.save(self.counters, averages=due.get("average", False))
             if done or stopped:
                 self.checkpoints.join(needed=True)
+                self.accelerator.wait_for_everyone()  # launchers soon end all that one has left behind
             if not stopped:
                 with self.stop.at_once(), self.clock.paused():
                     self._show(due, component)
@@ -279,13 +297,14 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 def print_plan(console: Console, recipe: Recipe, stage: str, accelerator: Accelerator, plan: Plan) -> None:
     """What is about to be trained, on what, and what it takes; then the recipe, complete."""
     cfg, world = recipe.train_of(stage), accelerator.num_processes
-    sharded = accelerator.distributed_type == DistributedType.FSDP
     share = cfg.batch // world // cfg.accumulate
-    # weights, gradients, moments and averages in float32
-    each = 4 + 4 + MOMENT_BYTES[cfg.optimizer] + 4 * (1 + len(cfg.ema_sigma_rel))
-    state = plan.parameters * each / (world if sharded else 1)
+    kind, averages = layout(accelerator), 4 * (1 + len(cfg.ema_sigma_rel))
+    # of a parameter in float32: weight, gradient, moments and averages; ZeRO has master weights as well
+    each = 4 + 4 + MOMENT_BYTES[cfg.optimizer] + averages + 4 * kind.startswith("ZeRO")
+    whole = {"FSDP2": 0, "ZeRO-2": 4 + averages, "ZeRO-1": 8 + averages}.get(kind, each)
+    state = plan.parameters * (whole + (each - whole) / world)
     memory = [x / 2**30 for x in (state, plan.casts, plan.activations * share)]
-    device = f"{'FSDP2' if sharded else 'DDP' if world > 1 else 'alone'} on {accelerator.device.type}"
+    device = f"{kind} on {accelerator.device.type}"
     lines = {
         "stage": stage,
         "world size": f"{world} ({device})",

@@ -59,10 +59,10 @@ def update(
     """Clip the gradient and step, unless its norm is not finite. Returns the norm before clipping, a
     scalar on the device. The device itself skips the step, so that the host need not wait to decide."""
     norm = accelerator.clip_grad_norm_(parameters, clip)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # the engine did all else
-        return torch.tensor(norm, device=accelerator.device)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
     inner = optimizer.optimizer
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # `backward` did all else
+        return torch.tensor(math.inf if inner.overflow else norm, device=accelerator.device)
     if accelerator.scaler is not None:
         optimizer.step()  # the scaler of fp16 saw what `norm` shows
     elif inner.defaults.get("fused"):

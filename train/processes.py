@@ -9,17 +9,25 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
 from cascade.errors import InputError
+from train import zero
 from train.recipe import TrainConfig
 from train.signals import Preempted, StopSignal
 
 T = TypeVar("T")
+SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 PATIENCE = timedelta(hours=2)  # of processes for the one that makes a cache or draws a grid
 
 
@@ -39,19 +47,19 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
     """The processes, device and precision of a stage. Raises InputError for settings that do not go
     together."""
     AcceleratorState._reset_state()  # a stage before may differ in precision; the process group stays
-    if cfg.precision == "fp16" and not torch.cuda.is_available():
-        raise InputError(f"{stage}.train.precision fp16: expected a GPU; no and bf16 need none")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
         raise InputError(f"launch settings: fsdp_version {os.environ.get('FSDP_VERSION', 1)}: expected 2")
+    plugin = zero.make_plugin(cfg, f"{stage}.train") if zero.wanted() else None
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes without a GPU stay strangers
-            mixed_precision=cfg.precision,
-            gradient_accumulation_steps=cfg.accumulate,
+            mixed_precision="no" if plugin else cfg.precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=cfg.accumulate),
+            deepspeed_plugin=plugin,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.device.type == "cpu":
-            _shard_on_cpu(accelerator)
+        if accelerator.device.type == "cpu":
+            _allow_on_cpu(accelerator, plugin)
     except (ValueError, ImportError) as error:
         raise InputError(f"launch settings: {str(error).strip().splitlines()[0]}") from None
     try:
@@ -62,28 +70,38 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
     return accelerator
 
 
-def _shard_on_cpu(accelerator: Accelerator) -> None:
-    """Accelerate shards over GPUs alone, though torch does over CPU processes as well: for trials, tests."""
+def _allow_on_cpu(accelerator: Accelerator, plugin: DeepSpeedPlugin | None) -> None:
+    """Accelerate shards, casts to fp16 and scales on GPUs alone, though torch and DeepSpeed do so on CPU
+    processes as well: for trials, tests."""
     state = accelerator.state
-    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
-    if accelerator.mixed_precision != "no":
-        state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+    if plugin is not None:
+        _become(accelerator, DistributedType.DEEPSPEED)
+        zero.on_cpu(accelerator, plugin)
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _become(accelerator, DistributedType.FSDP)
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+    if accelerator.mixed_precision == "fp16":
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+
+
+def _become(accelerator: Accelerator, kind: DistributedType) -> None:
+    PartialState._shared_state["distributed_type"] = kind  # from which every AcceleratorState() takes it
+    accelerator.state.distributed_type = kind
 
 
 def _check(accelerator: Accelerator, cfg: TrainConfig, stage: str) -> None:
     where, world = f"{stage}.train", accelerator.num_processes
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise InputError(
-            "launch settings: DeepSpeed: expected FSDP2, which shards the same (train/launch/fsdp2.yaml)"
-        )
-    if accelerator.gradient_accumulation_steps != cfg.accumulate:
-        found = f"gradient_accumulation_steps {accelerator.gradient_accumulation_steps} of the launch"
+    sharded = SHARDED.get(accelerator.distributed_type)
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # which launchers set on their own
+    if steps not in ("1", str(cfg.accumulate)):
+        found = f"gradient_accumulation_steps {steps} of the launch"
         raise InputError(f"{found}: expected {where}.accumulate, {cfg.accumulate}; set it there alone")
     if sharded and cfg.precision == "fp16":
-        raise InputError(f"{where}.precision fp16: expected bf16 under FSDP")
+        raise InputError(f"{where}.precision fp16: expected bf16 under {sharded}")
     if sharded and cfg.optimizer != "adamw":
-        raise InputError(f"{where}.optimizer {cfg.optimizer}: expected adamw under FSDP")
+        raise InputError(f"{where}.optimizer {cfg.optimizer}: expected adamw under {sharded}")
     if cfg.gradient_checkpointing and stage in ("clip", "prior"):
         raise InputError(f"{where}.gradient_checkpointing: expected false, as this stage has no U-Net")
     if stage == "clip" and cfg.accumulate > 1:
@@ -94,6 +112,15 @@ def _check(accelerator: Accelerator, cfg: TrainConfig, stage: str) -> None:
         near = f"{max(1, cfg.batch // parts) * parts} or {-(-cfg.batch // parts) * parts}"
         processes = f"{world} processes" + (f" x {cfg.accumulate} parts" if cfg.accumulate > 1 else "")
         raise InputError(f"{where}.batch {cfg.batch}: expected a multiple of {processes}, such as {near}")
+
+
+def layout(accelerator: Accelerator) -> str:
+    """How a stage's weights lie on the processes, by name."""
+    if (plugin := accelerator.deepspeed_plugin) is not None:
+        return f"ZeRO-{plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP2"
+    return "DDP" if accelerator.num_processes > 1 else "alone"
 
 
 def in_turn(accelerator: Accelerator, make: Callable[[], T]) -> T:

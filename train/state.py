@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cascade.checkpoint import new_folder, sha256, write_json
 from cascade.errors import InputError
+from train import zero
 from train.ema import EMA, PowerEMA
 
 KEEP = 2
@@ -50,9 +51,10 @@ class Trained:
 
     def snapshot(self, keep: bool) -> dict[str, Tensors]:
         """Copies in host memory, by file name. Collective where tensors are sharded; empty unless `keep`."""
-        parts: dict[str, Tensors] = {"network": dict(self.network.state_dict())}
+        parts: dict[str, Mapping[str, Tensor]] = {"network": dict(self.network.state_dict())}
         parts |= {average_name(e): e.average for e in self.averages}
-        parts["optimizer"] = _optimizer_tensors(self.network, self.optimizer)
+        snapshot = zero.Moments if zero.is_zero(self.optimizer) else _optimizer_tensors
+        parts["optimizer"] = snapshot(self.network, self.optimizer)
         return {name: gather(tensors, keep) for name, tensors in parts.items()}
 
 
@@ -155,7 +157,8 @@ def load_state(folder: Path, trained: Trained) -> dict[str, Any]:
             saved = load_file(folder / f"{name}.safetensors")
             for key, tensor in tensors.items():
                 fill(tensor, saved[key])
-        _load_optimizer(trained.network, trained.optimizer, load_file(folder / "optimizer.safetensors"))
+        load = zero.load if zero.is_zero(trained.optimizer) else _load_optimizer
+        load(trained.network, trained.optimizer, load_file(folder / "optimizer.safetensors"))
     return state
 
 

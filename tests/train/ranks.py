@@ -1,12 +1,13 @@
 """Real processes for tests of several of them, in a fraction of a second each.
 
-`python -m tests.train.ranks` imports torch and the training room once, then forks the ranks of one run
-after another as told on its standard input, a JSON line each. They train with the toy encoder, on the
+`python -m tests.train.ranks MODULES` imports torch and the training room once, then forks the ranks of one
+run after another as told on its standard input, a JSON line each. They train with the toy encoder, on the
 CPU.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -31,14 +32,15 @@ class Result:
 
 
 class Ranks:
-    """The process that forks. A context manager."""
+    """The process that forks. A context manager. modules: what it is to import as well, once for all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, modules: Sequence[str] = ()) -> None:
         self.folder, self._runs = folder, 0
+        settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.train.ranks"],
+            [sys.executable, "-W", "error", "-m", "tests.train.ranks", *modules],
             cwd=ROOT,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **settings},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -246,9 +248,11 @@ def warm_up() -> None:
     make_plan(from_dict(Recipe, tiny_recipe(Path("data"), Path("runs"))), "sr256")
 
 
-def serve() -> None:
+def serve(modules: Sequence[str]) -> None:
     pretend()
     warm_up()
+    for name in modules:
+        importlib.import_module(name)
     pids: list[int] = []
     for line in sys.stdin:
         request = json.loads(line)
@@ -260,4 +264,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])

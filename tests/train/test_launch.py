@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,19 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from train.launch import __main__ as launcher
+from train.signals import REQUEUE, SIGNALS
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "train" / "launch"
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("ddp", DistributedType.MULTI_GPU), ("fsdp2", DistributedType.FSDP)]
+    ("name", "kind"),
+    [
+        ("ddp", DistributedType.MULTI_GPU),
+        ("fsdp2", DistributedType.FSDP),
+        ("zero", DistributedType.DEEPSPEED),
+    ],
 )
 def test_the_configuration_files_are_accelerates(name: str, kind: DistributedType) -> None:
     config = load_config_from_file(str(FILES / f"{name}.yaml"))
@@ -90,10 +97,48 @@ def test_the_exit_status_is_that_of_the_first_process_that_failed(
     assert capsys.readouterr().err.count("\n") == (1 if isinstance(ending, ValueError) else 0)
 
 
-def test_the_slurm_script_is_whole() -> None:
-    """bash reads it; it asks for a signal that a run heeds, and requeues on the status that it ends with."""
-    script = FILES / "slurm.sh"
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    text = script.read_text()
-    assert re.search(r"^#SBATCH --signal=USR1@\d+$", text, re.M) and "#SBATCH --requeue" in text
-    assert f'-eq {launcher.REQUEUE} ] && scontrol requeue "$SLURM_JOB_ID"' in text
+@pytest.mark.parametrize("status", [0, 2, REQUEUE])
+def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path: Path, status: int) -> None:
+    """With commands that write down what they are called with. Of two nodes the second ends with a status."""
+    commands = {
+        "scontrol": '[ "$1 $2" = "show hostnames" ] && echo alpha && echo beta || echo "$@" > requeued',
+        "srun": 'echo "$1" > srun; shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',  # the second's status
+        "python": 'printf "%s\\n" "$@" > launcher-$SLURM_NODEID; exit $((SLURM_NODEID * STATUS))',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CONFIG": "train/launch/zero.yaml",
+        "STATUS": str(status),
+        **{"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "[alpha,beta]"},
+        **{"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"},
+    }
+    words = ["my recipe.yaml", "--stage", "base"]
+    command = ["bash", FILES / "slurm.sh", *words]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (status, "")
+    for node in (0, 1):
+        found = (tmp_path / f"launcher-{node}").read_text().splitlines()
+        launch, script = found[: found.index("train")], found[found.index("train") :]
+        assert launch[:2] == ["-m", "train.launch"] and launch[-1] == "-m" and script == ["train", *words]
+        options = dict(zip(launch[2:-1:2], launch[3:-1:2], strict=True))
+        assert options == {
+            "--config_file": "train/launch/zero.yaml",
+            "--num_machines": "2",
+            "--machine_rank": str(node),
+            "--num_processes": "8",
+            "--main_process_ip": "alpha",
+            "--main_process_port": "29500",
+        }
+    assert (tmp_path / "srun").read_text() == "--kill-on-bad-exit=1\n"  # one that fails ends all
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() == "requeue 17\n") if status == REQUEUE else not requeued.exists()
+
+
+def test_the_slurm_script_asks_for_a_signal_that_a_run_heeds() -> None:
+    text = (FILES / "slurm.sh").read_text()
+    (name,) = re.findall(r"^#SBATCH --signal=(\w+)@\d+$", text, re.M)
+    assert f"SIG{name}" in launcher.SIGNALS.split(",") and getattr(signal, f"SIG{name}") in SIGNALS
+    assert "#SBATCH --requeue" in text and "#SBATCH --open-mode=append" in text
