@@ -311,9 +311,14 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 def write(report: dict[str, Any], path: Path) -> None:
     """The report as JSON, complete or absent."""
+    write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """A file, complete or absent. Raises InputError where it cannot be written."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -30,7 +30,7 @@ from eval.captioned import Record, draw, read_records
 from eval.judge.run import Judge
 from eval.judge.table import markdown
 from eval.models import load_model
-from eval.quality import Parser, environment, write
+from eval.quality import Parser, environment, write, write_text
 
 LEAST = 64  # pictures: the captions that the right one is picked from
 
@@ -56,6 +56,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--px", type=int, nargs="+", help="sizes of frechet, of the model's stages (default: all)")
     add("--seed", type=int, default=0, help="of captions and pictures (default: 0)")
     arguments = parser.parse_args(argv)
+    if arguments.out.suffix != ".json":
+        raise InputError(f"--out {arguments.out}: expected a name that ends in .json")
     for name, low, values in (("count", LEAST, arguments.count), ("seed", 0, [arguments.seed])):
         for value in values:
             if value < low:
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for px in arguments.px or []:
         if px not in sizes:
             raise unknown("size", px, sizes, where="--px")
-    wanted = sorted(arguments.px or sizes)
+    wanted = sorted(set(arguments.px or sizes))
     counts = dict(zip(wanted, arguments.count + arguments.count[-1:] * len(wanted), strict=False))
     identity = f"{model.sha256[:12]}-{model.device}-{model.dtype}"
     judge = Judge(pipe, identity, arguments.out.with_suffix(""), train, heldout, seed)
@@ -105,14 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"cannot make folder {arguments.out.parent}: {error.strerror}") from None
         report = run(arguments)
         write(report, arguments.out)
-        table = arguments.out.with_suffix(".md")
-        table.write_text(markdown(report), encoding="utf-8")
+        text, table = markdown(report), arguments.out.with_suffix(".md")
+        write_text(text, table)
     except InputError as error:
         print(f"eval.judge: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"{markdown(report)}\nreport: {arguments.out}, {table}")
+    print(f"{text}\nreport: {arguments.out}, {table}")
     return 0
 
 

@@ -16,6 +16,7 @@ CANDIDATES = 64  # captions that the right one is picked from
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
 SEEN, REAL = "drawn, seen", "real, held out"  # sets by name
 ROWS = 512  # of distances at a time
+TINY = 1e-12  # floor of sets that are all one picture
 
 
 # -- sets ---------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def frechet(real: Tensor, drawn: Tensor, enlarged: Tensor | None) -> dict[str, f
         "drawn_equal": frechet_distance(moments(drawn[:equal]), rest),
         "floor_equal": floor,
     }
-    found["ratio"] = found["drawn_equal"] / floor if floor else torch.inf
+    found["ratio"] = found["drawn_equal"] / max(floor, TINY)
     if enlarged is not None:
         found["enlarged_equal"] = frechet_distance(moments(enlarged[:equal]), rest)
     if equal < half:

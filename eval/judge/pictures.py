@@ -33,9 +33,10 @@ def data_sha256(records: Sequence[Record]) -> str:
 class Workshop:
     """Draws pictures and looks at them."""
 
-    def __init__(self, pipe: Cascade, identity: str, folder: Path, seed: int) -> None:
-        """identity: names the model, its device and its number format in file names."""
-        self.pipe, self.folder, self.seed = pipe, folder, seed
+    def __init__(self, pipe: Cascade, identity: str, data: str, folder: Path, seed: int) -> None:
+        """identity: names the model, its device and its number format in file names. data: the hash of the
+        real pictures."""
+        self.pipe, self.data, self.folder, self.seed = pipe, data, folder, seed
         self.identity = f"{identity}-{seed}"
         self.stages = {stage.config.image_px: name for name, stage in pipe.stages.items()}
 
@@ -79,7 +80,9 @@ class Workshop:
         return self.pipe(captions, seed=seeds, start_at=names[0], stop_at=stop_at, images=lowres).stages
 
     def _paths(self, stage: str, seeds: list[int], real: bool) -> list[Path]:
-        folder = self.folder / "pictures" / self.identity / (f"{stage}-of-real" if real else stage)
+        folder = (
+            self.folder / "pictures" / self.identity / (f"{stage}-of-{self.data[:12]}" if real else stage)
+        )
         return [folder / f"{seed:016x}.png" for seed in seeds]
 
 

@@ -15,7 +15,7 @@ from cascade.images import save_png, to_pil
 from cascade.text import TextEncoder, load_text_encoder
 from eval.captioned import Record
 from eval.judge import measures
-from eval.judge.features import FINAL, LAYERS, PIXELS, PooledLayers, Sized
+from eval.judge.features import FINAL, HEADS, PIXELS, PooledLayers, Sized
 from eval.judge.networks import (
     Classifier,
     Matcher,
@@ -34,7 +34,6 @@ ATTRIBUTES = ("style", "tone", "gender")
 CELL = "cell"  # attribute of a picture that is one of a grid of skin tone, gender and profession
 MATCHING, CLASSIFYING = Training(), Training()
 SHOWN = 64  # mistakes on a sheet
-HEADS = slice(0, LAYERS.stop)  # columns that the networks read
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ class Judge:
     ) -> None:
         """train, heldout: in the order in which their captions are drawn."""
         self.train, self.heldout, self.folder, self.device = train, heldout, folder, pipe.device
-        self.workshop = Workshop(pipe, identity, folder, seed)
         self.data = data_sha256([*train, *heldout])
+        self.workshop = Workshop(pipe, identity, self.data, folder, seed)
         self.captions = load_text_encoder({"kind": "minilm"}, device=pipe.device)
         self.base_px = next(iter(self.workshop.stages))
 

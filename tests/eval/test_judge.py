@@ -21,13 +21,14 @@ from eval.extractors.vision import EfficientNetLite0
 from eval.judge import __main__ as command
 from eval.judge import features, measures, networks
 from eval.judge import run as judging
-from eval.judge.features import FINAL, LAYERS, PIXELS, PooledLayers
+from eval.judge.features import FINAL, HEADS, LEVELS, PIXELS, PooledLayers
 from eval.judge.networks import Classifier, Matcher, Training, trained
 from eval.judge.pictures import Workshop, data_sha256
 from eval.judge.table import markdown
 from tests.conftest import ToyEncoder
 
 QUICK = Training(width=16, epochs=2, batch=32)
+LEARNING = Training(width=64, epochs=60, batch=128, lr=3e-3, weight_decay=0.01, dropout=0.0, noise=0.05)
 COUNT = 64  # pictures of each split
 CPU = torch.device("cpu")
 
@@ -45,11 +46,19 @@ def test_rows_begin_with_the_features_of_distances_and_end_in_pixels() -> None:
     (expected,) = plain.encode([plain.prepare(small)], [""])
     assert torch.equal(row[FINAL], expected)
     assert torch.equal(row, look.encode([look.prepare(small)], [""])[0])
-    assert len(row) == PIXELS.stop and LAYERS.stop == PIXELS.start and LAYERS.start == FINAL.stop
+    assert len(row) == PIXELS.stop and FINAL.stop < HEADS.stop == PIXELS.start
     flat = torch.full((3, 64, 64), 0.5), torch.full((3, 64, 64), -0.5)
     bright, dark = look.encode([look.prepare(x) for x in flat], ["", ""])[:, PIXELS]
     assert torch.allclose(bright - dark, torch.full((3 * features.PIXELS_PX**2,), 0.5), atol=1 / 255)
+    assert torch.allclose(row[HEADS][-(LEVELS**3) :].square().sum(), torch.ones(()), atol=1e-4)
     assert look.fingerprint() != plain.fingerprint() != PooledLayers(32).fingerprint()
+
+
+def test_colours_are_counted_around_their_own() -> None:
+    half = torch.tensor([0.5, 0.0, 1.0])[:, None, None].expand(3, 4, 4).clone()
+    half[:, :, 0] = torch.tensor([1 / 16, 0.0, 1.0])[:, None]  # a quarter, half-way between two levels of red
+    found = features.histogram(half[None])[0].unflatten(0, (LEVELS,) * 3)
+    assert found[:, 0, 8].tolist() == [0.125, 0.125, 0, 0, 0.75, 0, 0, 0, 0] and found.sum() == 1
 
 
 # -- measures ------------------------------------------------------------------------------------------------
@@ -143,14 +152,12 @@ def mixed(count: int, width: int, what: str) -> Tensor:
 
 def test_matcher_learns_what_belongs_together_and_is_kept(tmp_path: Path) -> None:
     pictures, captions = mixed(600, 20, "pictures"), mixed(600, 12, "captions")
-    config = replace(
-        QUICK, epochs=60, width=64, batch=128, dropout=0.0, noise=0.05, weight_decay=0.01, lr=3e-3
-    )
     before = torch.random.get_rng_state()
 
     def make(file: str, rows: int = 500) -> Matcher:
         data = lambda: (pictures[:rows], captions[:rows])  # noqa: E731
-        return trained(lambda: Matcher(20, 12, config), data, config, tmp_path / file / "m.safetensors", CPU)
+        path = tmp_path / file / "m.safetensors"
+        return trained(lambda: Matcher(20, 12, LEARNING), data, LEARNING, path, CPU)
 
     judge = make("a")
     assert torch.equal(torch.random.get_rng_state(), before), "randomness of others is left alone"
@@ -172,16 +179,13 @@ def test_classifier_learns_attributes_apart(tmp_path: Path) -> None:
     causes = random.normal((8,), range(600), "cause")
     labels = torch.stack([(causes[:, 0] > 0).long(), causes[:, 1:4].argmax(dim=1)], dim=1)
     labels[::5, 1] = networks.IGNORED
-    config = replace(
-        QUICK, epochs=60, width=64, batch=128, dropout=0.0, noise=0.05, weight_decay=0.01, lr=3e-3
-    )
-    file = tmp_path / networks.file_name("classifier", config, "data")
+    file = tmp_path / networks.file_name("classifier", LEARNING, "data")
     judge = trained(
-        lambda: Classifier(20, classes, config), lambda: (rows[:500], labels[:500]), config, file, CPU
+        lambda: Classifier(20, classes, LEARNING), lambda: (rows[:500], labels[:500]), LEARNING, file, CPU
     )
     found = measures.attributes(judge(rows[500:]), labels[500:], classes)
     assert found["x"]["share"] > 0.9 and found["y"]["share"] > 0.85
-    names = {networks.file_name("c", c, s) for c in (config, QUICK) for s in ("one", "other")}
+    names = {networks.file_name("c", c, s) for c in (LEARNING, QUICK) for s in ("one", "other")}
     assert len(names) == 4, "other data and other settings, another file"
 
 
@@ -217,7 +221,7 @@ def test_a_drawn_picture_depends_on_caption_and_seed_alone(
     tiny_cascade: Cascade, data: Path, tmp_path: Path
 ) -> None:
     records = draw(read_records(data), "train", 20, 0)
-    few, all_ = (Workshop(tiny_cascade, "m", tmp_path / name, 3) for name in ("few", "all"))
+    few, all_ = (Workshop(tiny_cascade, "m", "d", tmp_path / name, 3) for name in ("few", "all"))
     some = few.draw(records[:5], 16, "")
     files = all_.draw(records, 32, "")
     assert len(files) == 20 and len({file.name for file in files}) == 20
@@ -236,7 +240,7 @@ def test_real_pictures_are_enlarged_from_the_first_size(
     tiny_cascade: Cascade, data: Path, tmp_path: Path
 ) -> None:
     records = draw(read_records(data), "train", 3, 0)
-    shop = Workshop(tiny_cascade, "m", tmp_path, 0)
+    shop = Workshop(tiny_cascade, "m", "d", tmp_path, 0)
     files = shop.enlarge(records, 64, "")
     seed = random.key(0, records[1].text, 0)
     lowres = load_picture(records[1], 16)[None]
@@ -274,7 +278,7 @@ class ToyLook(Extractor):
     def encode(self, pictures: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
         type(self).calls += len(pictures)
         pixels = F.interpolate(torch.stack(list(pictures)), (16, 16)).flatten(1)
-        return pixels.repeat(1, 13)[:, : PIXELS.stop]
+        return pixels.repeat(1, 14)[:, : PIXELS.stop]
 
 
 @pytest.fixture
@@ -324,9 +328,10 @@ def test_the_whole_report(
         (["--count", "63"], "--count 63: expected an integer of at least 64"),
         (["--count", "64", "0"], "--count 0: expected an integer of at least 64"),
         (["--count", "129"], "--count 129: expected at most 128, the captions of split train"),
-        (["--px", "17"], "unknown size '17' in --px: expected one of 16, 32, 64"),
+        (["--count", "64", "--px", "17"], "unknown size 17 in --px: expected one of 16, 32, 64"),
         (["--seed", "-1"], "--seed -1: expected an integer of at least 0"),
         (["--count", "many"], "invalid int value: 'many'"),
+        (["--out", "report"], "--out report: expected a name that ends in .json"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
