@@ -158,6 +158,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         offload=arguments.offload,
         allow_legacy=arguments.allow_legacy_checkpoint,
     )
+    _draws(pipe)
     for name in settings:
         if name not in (PRIOR, *pipe.stages):
             raise unknown("stage", name, (PRIOR, *pipe.stages), where="--set")
@@ -206,6 +207,20 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if match is None:
         raise InputError(f"--size {text!r}: expected HxW in px, as in 1024x768, or one side of a square")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _draws(pipe: Cascade) -> None:
+    """Raise InputError for a model that draws no picture from text alone."""
+    first = next(iter(pipe.stages.values()), None)
+    add = "cascade convert puts models together"
+    if first is None:
+        raise InputError(f"model {pipe.name} holds a prior alone: expected a stage that draws; {add}")
+    if first.config.lowres_px is not None:
+        name, px = first.config.name, first.config.lowres_px
+        raise InputError(
+            f"model {pipe.name}: its first stage, {name}, enlarges pictures of {px} px: expected a base "
+            f"stage below it; {add}"
+        )
 
 
 def _inpaint(picture: Path | None, mask: Path | None) -> tuple[Image, Image] | None:
@@ -307,6 +322,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     import torch
 
+    from cascade.describe import unused
     from cascade.pretrained.convert import convert, open_sources
     from cascade.pretrained.export import export
 
@@ -326,6 +342,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(target)
     for need in model.missing:
         print(f"missing       {need}")
+    if names := unused(model):
+        print(f"not used      {', '.join(names)}")
     return 0
 
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cascade.checkpoint import check_tensors
 from cascade.config import ScheduleConfig, from_dict, to_dict
 from cascade.errors import InputError
 from cascade.pretrained.unet_tensors import (
     Binding,
     Tensors,
-    check_tensors,
     interleaved,
     layer,
     stacked,

@@ -22,6 +22,7 @@ class OpenClipConfig:
     model: str
     pretrained: str | None = None
     embed_dim: int
+    unit_norm: bool = True  # False: embeddings as its projections emit them (Karlo, Kandinsky)
 
 
 class OpenCLIP(nn.Module):
@@ -44,19 +45,20 @@ class OpenCLIP(nn.Module):
         return settings["size"][0] if isinstance(settings["size"], (tuple, list)) else settings["size"]
 
     def encode_text(self, text: TextEmbedding) -> Tensor:
-        """Unit vectors, B D, float32. Raises InputError where the text encoder gave none of this width."""
+        """B D, float32, of unit norm where the config says so. Raises InputError where the text encoder gave
+        none of this width."""
         name, width = self.config.model, self.config.embed_dim
         if text.pooled is None or text.pooled.shape[-1] != width:
             got = "none" if text.pooled is None else f"width {text.pooled.shape[-1]}"
             raise InputError(
                 f"clip {name}: expected embeddings of width {width} from an open_clip text encoder, got {got}"
             )
-        return F.normalize(text.pooled.float(), dim=-1)
+        return self._normed(text.pooled)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """images: B 3 H W in [-1, 1], any size (resized with an antialiasing filter).
-        Returns unit vectors, B D, float32."""
+        Returns B D, float32, of unit norm where the config says so."""
         tower = self._vision().to(images.device)
         settings: Any = tower.preprocess_cfg
         mean, std = (images.new_tensor(settings[key])[:, None, None] for key in ("mean", "std"))  # 3 1 1
@@ -65,12 +67,16 @@ class OpenCLIP(nn.Module):
         name, width = self.config.model, self.config.embed_dim
         if features.shape[-1] != width:
             raise InputError(f"clip {name}: expected embed_dim {width}, got {features.shape[-1]}")
-        return F.normalize(features.float(), dim=-1)
+        return self._normed(features)
 
     def loss(self, images: Tensor, text: TextEmbedding, group: Tensor | None = None) -> Tensor:
         """Contrastive loss of a batch, a scalar, for evaluation (see `CLIP.loss`)."""
         scale = self.logit_scale.exp()
-        return contrastive_loss(self.encode_image(images), self.encode_text(text), scale, group)
+        image, caption = (F.normalize(x, dim=-1) for x in (self.encode_image(images), self.encode_text(text)))
+        return contrastive_loss(image, caption, scale, group)
+
+    def _normed(self, features: Tensor) -> Tensor:
+        return F.normalize(features.float(), dim=-1) if self.config.unit_norm else features.float()
 
     def _vision(self) -> nn.Module:
         if not self._loaded:

@@ -5,22 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cascade import Cascade, Stage, adapter
 from cascade.checkpoint import (
     CONFIG,
     INDEX,
+    LAST,
     WEIGHTS,
     Component,
+    check_tensors,
     load_component,
     load_tensors,
     read_index,
     resolve_source,
     sha256,
 )
-from cascade.config import from_dict, to_dict
+from cascade.config import UNetConfig, from_dict, to_dict
 from cascade.errors import InputError, unknown
+from cascade.loading import fill_stage
+from cascade.pretrained.folders import is_diffusers
+from cascade.pretrained.model import open_model
+from cascade.pretrained.unet_tensors import skeleton
 from cascade.text import load_text_encoder
 from prior.clip import CLIP, ClipConfig
 from prior.diffusion import DiffusionPrior, PriorConfig
@@ -46,13 +52,30 @@ def read_component(folder: Path, name: str) -> Component:
     part = load_component(folder)
     if part.class_name == adapter.CLASS:
         lora = adapter.load_adapter(folder)
-        part = read_component(component_folder(lora.config.base, name), name)
+        part, _ = source_component(lora.config.base, name)
         weights = {key: tensor.float() for key, tensor in part.tensors.items()}
         lora.merge(weights)
         return Component(part.class_name, part.config, weights)
     if part.class_name != class_of(name):
         raise InputError(f"{folder / CONFIG}: expected class {class_of(name)}, found {part.class_name!r}")
     return part
+
+
+def source_component(source: str, name: str) -> tuple[Component, Path]:
+    """The component `name` of a model of this project or of public weights, or in a folder of its own; and
+    where it is."""
+    folder = resolve_source(source)
+    own = (folder / INDEX).is_file() or (folder / CONFIG).is_file()
+    if own and not is_diffusers(folder):
+        folder = component_folder(source, name)
+        return read_component(folder, name), folder
+    parts = open_model(folder).parts
+    if name not in parts:
+        raise unknown("component", name, parts, where=str(folder))
+    part = parts[name]
+    if part.class_name != class_of(name):
+        raise InputError(f"{folder}: expected class {class_of(name)}, found {part.class_name!r}")
+    return Component(part.class_name, part.config, part.read("cpu")), folder
 
 
 def component_folder(source: str, name: str) -> Path:
@@ -66,19 +89,25 @@ def component_folder(source: str, name: str) -> Path:
     return folder / name
 
 
-def start_from(network: nn.Module, source: str, name: str, prediction: str) -> None:
-    """Load the weights of another model's component. Raises InputError, and loads nothing, where they are of
-    other shapes or of a network that predicts something else."""
-    folder = component_folder(source, name)
-    part = read_component(folder, name)
+def start_from(
+    network: nn.Module, source: str, name: str, prediction: str, last: UNetConfig | None = None
+) -> dict[str, Tensor]:
+    """Load the weights of another model's component, and return those of the network of its last step where
+    it has one, `last`. Raises InputError, and loads nothing, where they are of other shapes or of a network
+    that predicts something else."""
+    part, folder = source_component(source, name)
     found = part.config.get("diffusion", part.config).get("prediction", prediction)
     if found != prediction:
         where = f"{name}.train.init_from: {folder}"
         raise InputError(f"{where} predicts {found!r}: expected {prediction!r}, as in the recipe")
+    beside = {} if last is None else {f"{LAST}{n}": t for n, t in skeleton(last).state_dict().items()}
+    kept = {n: t for n, t in part.tensors.items() if last is not None and n.startswith(LAST)}
     try:
-        load_tensors(network, part.tensors, folder)
+        check_tensors(kept, beside, folder)
+        load_tensors(network, {n: t for n, t in part.tensors.items() if n not in kept}, folder)
     except InputError as error:
         raise InputError(f"{name}.train.init_from: {error}: expected the network of the recipe") from None
+    return kept
 
 
 def load_clip(recipe: Recipe, out: Path) -> CLIP | OpenCLIP:
@@ -107,7 +136,7 @@ def load_prior(out: Path) -> DiffusionPrior | None:
 def load_stage(recipe: Recipe, out: Path, name: str) -> Stage:
     """A trained stage of this run; its sampling defaults are the recipe's of today."""
     stage = Stage(recipe.pictures[name].stage)
-    load_tensors(stage.unet, read_component(out / name, name).tensors, out / name)
+    fill_stage(stage, read_component(out / name, name).tensors, str(out / name))
     return stage.eval()
 
 
@@ -129,8 +158,9 @@ def clip_store(recipe: Recipe, out: Path, pictures: PictureSet) -> ImageStore:
 def assemble(recipe: Recipe, out: Path) -> Path:
     """The model folder of all stages that are trained, in bf16. Raises InputError where there is none."""
     stages = [load_stage(recipe, out, name) for name in recipe.pictures if trained(out, name)]
-    if not stages:
-        raise InputError(f"no trained stage in {out}: train --stage base first")
+    if not stages and (recipe.pictures or not trained(out, "prior")):
+        first = next(iter(recipe.pictures), "prior")
+        raise InputError(f"no trained stage in {out}: train --stage {first} first")
     clip = None if recipe.clip is None else load_clip(recipe, out)
     model = Cascade(stages, load_text_encoder(recipe.text), load_prior(out), clip, recipe.name)
     folder = out / "model"

@@ -58,7 +58,8 @@ def embed(recipe: Recipe, out: Path, only: str | None = None) -> None:
             pictures = open_pictures(recipe.data)
         stores: list[Any] = []
         if only != "images":
-            stores.append(TextStore(pictures, recipe.text))
+            for padding in sorted({recipe.sees_padding(stage) for stage in recipe.stages}):
+                stores.append(TextStore(pictures, recipe.text, padding))
         clip = recipe.clip is not None and (recipe.clip.pretrained is not None or (out / "clip").is_dir())
         if only == "images" or (only is None and clip):
             from train.components import clip_store

@@ -24,8 +24,9 @@ ROWS, LARGE_ROWS, LARGE_PX = 4, 2, 512  # of an upsampling sheet; fewer of pictu
 
 def prompt_sheet(stage: Stage, recipe: Recipe, out: Path, encoder: TextEncoder) -> Image.Image:
     """The recipe's prompts at fixed seeds, by a stage that starts from noise."""
-    text, embed = conditions(recipe, out, encoder, recipe.grid_prompts)
-    return tile(stage.sample(text, image_embed=embed, seed=0, micro_batch=8), 8)
+    text, null, embed = conditions(recipe, out, encoder, recipe.grid_prompts)
+    negative = null_of(stage, null)
+    return tile(stage.sample(text, image_embed=embed, negative=negative, seed=0, micro_batch=8), 8)
 
 
 def upsampling_sheet(
@@ -40,12 +41,13 @@ def upsampling_sheet(
     chosen = [int(i) for i in pool[:: max(1, len(pool) // rows)][:rows]]
     captions = [pictures.captions(i)[0] for i in chosen]
     real = from_uint8(torch.stack([pictures.resized(i, side, enlarge=True) for i in chosen]))  # B 3 H W
-    text = encoder(captions)
+    text, null = encoder(captions), null_of(stage, encoder([""]))
     columns: dict[str, Tensor] = {}
 
     def add(name: str, lowres: Tensor) -> None:
         columns[name] = interpolate(lowres.float().cpu(), (side, side), mode="nearest")
-        columns[f"from {name}"] = stage.sample(text, lowres=lowres, seed=0, micro_batch=4).cpu()
+        drawn = stage.sample(text, lowres=lowres, negative=null, seed=0, micro_batch=4)
+        columns[f"from {name}"] = drawn.cpu()
 
     add("shrunk", downsample(real, config.lowres_px or side))
     if (drawn := drawn_below(recipe, out, config.name, encoder, captions, stage.device)) is not None:
@@ -68,25 +70,35 @@ def drawn_below(
     below = order[: order.index(name)]
     if not all(trained(out, stage) for stage in below):
         return None
-    text, embed = conditions(recipe, out, encoder, captions)
+    text, null, embed = conditions(recipe, out, encoder, captions)
     x = None
     for stage in below:
         network = load_stage(recipe, out, stage).to(device, torch.bfloat16)
-        x = network.sample(text, image_embed=embed, lowres=x, seed=0, micro_batch=4)
+        negative = null_of(network, null)
+        x = network.sample(text, image_embed=embed, lowres=x, negative=negative, seed=0, micro_batch=4)
     return x
 
 
 def conditions(
     recipe: Recipe, out: Path, encoder: TextEncoder, prompts: Sequence[str]
-) -> tuple[TextEmbedding, Tensor | None]:
-    """Encoded prompts and, for a cascade with a CLIP, image embeddings: the prior's where it is trained, else
-    the CLIP's of the text."""
-    text = encoder(list(prompts))
-    if recipe.base.stage.unet.image_embed_dim is None:
-        return text, None
-    pooled = load_clip(recipe, out).to(text.sequences[0].states.device).encode_text(text)
-    text, prior = TextEmbedding(text.sequences, pooled), load_prior(out)
-    return text, pooled if prior is None else prior.to(pooled.device).sample(text, seed=0)
+) -> tuple[TextEmbedding, TextEmbedding, Tensor | None]:
+    """Encoded prompts, the encoded empty prompt (one row) and, for a cascade with a CLIP, image embeddings:
+    the prior's where it is trained, else the CLIP's of the text."""
+    both, count = encoder([*prompts, ""]), len(prompts)
+    if recipe.base is None or recipe.base.stage.unet.image_embed_dim is None:
+        return both[:count], both[count:], None
+    pooled = load_clip(recipe, out).to(both.sequences[0].states.device).encode_text(both)
+    both, prior = TextEmbedding(both.sequences, pooled), load_prior(out)
+    text, null = both[:count], both[count:]
+    if prior is None:
+        return text, null, pooled[:count]
+    negative = None if prior.learned_null else null
+    return text, null, prior.to(pooled.device).sample(text, negative=negative, seed=0)
+
+
+def null_of(stage: Stage, null: TextEmbedding) -> TextEmbedding | None:
+    """What guidance of a stage without a null of its own starts from: the encoded empty prompt."""
+    return None if stage.config.unet.learned_null else null
 
 
 def tile(x: Tensor, columns: int) -> Image.Image:

@@ -91,7 +91,9 @@ def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Callable[[int], Te
     network.gradient_checkpointing = part.train.gradient_checkpointing
 
     def run(batch: int) -> Tensor:
-        text = None if not cfg.text_dims else _text(batch, length, cfg.text_dims)
+        text = None if not cfg.text_dims else _text(batch, length, cfg.text_dims, cfg.text_embed_dim)
+        if text is not None and cfg.text_transformer is not None:
+            text = _ids(batch, cfg.text_transformer.length)
         embed = None if cfg.image_embed_dim is None else torch.empty(batch, cfg.image_embed_dim)
         lowres = torch.empty(batch, cfg.lowres_channels, side, side) if cfg.lowres_channels else None
         level = None if lowres is None else torch.empty(batch)
@@ -101,7 +103,7 @@ def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Callable[[int], Te
             image_embed=embed,
             lowres=lowres,
             aug_level=level,
-            text_keep=None if text is None else keep[:, None].expand(-1, len(cfg.text_dims)),
+            text_keep=keep[:, None].expand(-1, len(cfg.text_dims)) if text and cfg.learned_null else None,
             image_keep=None if embed is None else keep,
         )
         return network(torch.empty(batch, cfg.in_channels, side, side), torch.empty(batch), cond)
@@ -116,7 +118,7 @@ def _prior(part: PriorRecipe, length: int) -> tuple[nn.Module, Callable[[int], T
     def run(batch: int) -> Tensor:
         dims = (cfg.text_dim,) * (cfg.text_sequence + 1)
         text = _text(batch, min(length, cfg.text_length), dims, cfg.embed_dim)
-        prefix = network.prepare(text, torch.ones(batch, dtype=torch.bool))
+        prefix = network.prepare(text, torch.ones(batch, dtype=torch.bool) if cfg.learned_null else None)
         return network(torch.empty(batch, cfg.embed_dim), torch.empty(batch), prefix)
 
     return network, run
@@ -133,6 +135,11 @@ def _clip(part: ClipRecipe, length: int) -> tuple[nn.Module, Callable[[int], Ten
         return network.encode_image(images).sum() + network.encode_text(text).sum()
 
     return network, run
+
+
+def _ids(batch: int, length: int) -> TextEmbedding:
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    return TextEmbedding((Tokens(torch.zeros(batch, length, 1, dtype=torch.long), mask),))
 
 
 def _text(batch: int, length: int, dims: tuple[int, ...], pooled: int | None = None) -> TextEmbedding:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cascade.config import StageConfig, from_dict, override, read_mapping, to_dict
 from cascade.errors import InputError, unknown
+from cascade.loading import find_model
 from cascade.nn.presets import PRESETS
 from cascade.nn.unet import check as check_unet
 from cascade.stage import resolve_settings
@@ -170,7 +171,7 @@ class Recipe:
     validation: ValidationConfig = ValidationConfig()
     clip: ClipRecipe | None = None
     prior: PriorRecipe | None = None
-    base: StageRecipe
+    base: StageRecipe | None = None  # may be absent where a prior is trained alone
     sr256: StageRecipe | None = None
     sr1024: StageRecipe | None = None
 
@@ -179,7 +180,9 @@ class Recipe:
             raise ValueError("grid_prompts is empty: expected at least one prompt")
         if self.sr1024 is not None and self.sr256 is None:
             raise ValueError("sr1024 without sr256: expected the stage below it")
-        images = self.base.stage.unet.image_embed_dim is not None
+        if self.base is None and (self.prior is None or self.sr256 is not None):
+            raise ValueError("missing key 'base', the first stage")
+        images = self.base is not None and self.base.stage.unet.image_embed_dim is not None
         if self.clip is None and (self.prior is not None or images):
             raise ValueError("missing key 'clip', whose embeddings prior and base.stage.unet take")
 
@@ -199,6 +202,12 @@ class Recipe:
         assert train is not None
         return train
 
+    def sees_padding(self, stage: str) -> bool:
+        """Whether a stage's network attends to the padding of its text (DeepFloyd IF)."""
+        part = self.of(stage)
+        unet = part.stage.unet if isinstance(part, StageRecipe) else None
+        return unet is not None and not unet.text_masked and unet.text_transformer is None
+
     @property
     def pictures(self) -> dict[str, StageRecipe]:
         """The stages that draw pictures, from small to large."""
@@ -210,12 +219,14 @@ def load_recipe(source: str, settings: list[str] | None = None) -> Recipe:
     """Read a recipe by name (train/recipes/NAME.yaml) or path, with `a.b=c` settings on top.
 
     `extends: NAME` at its top fills in from another recipe what it does not say itself, and `preset: NAME`
-    in a stage from a stage of published size (cascade.nn.presets). Raises InputError for a recipe that is not
-    there, an unknown key (with the nearest), a value out of range, and stages that do not fit each other."""
+    in a stage from a stage of published size (cascade.nn.presets). In a stage and in prior.model it may also
+    be a model's folder or hub id, of this project or of public weights: then its part of that name fills in.
+    Raises InputError for a recipe that is not there, an unknown key (with the nearest), a value out of range,
+    and stages that do not fit each other."""
     data = override(_read(source), settings or [])
-    for name in ("base", "sr256", "sr1024"):
-        if isinstance(part := data.get(name), dict) and isinstance(part.get("stage"), dict):
-            part["stage"] = _from_preset(name, part["stage"])
+    for name, key in (("prior", "model"), ("base", "stage"), ("sr256", "stage"), ("sr1024", "stage")):
+        if isinstance(part := data.get(name), dict) and isinstance(part.get(key), dict):
+            part[key] = _from_preset(name, key, part[key])
     recipe = from_dict(Recipe, data, where="recipe")
     width = None if recipe.clip is None else recipe.clip.embed_dim
     if recipe.prior is not None and recipe.prior.model.embed_dim != width:
@@ -244,15 +255,23 @@ def _read(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     return merge(_read(base, (*seen, source, base)), data, WHOLE)
 
 
-def _from_preset(where: str, stage: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a stage on top of those of its preset, if it names one."""
-    name = stage.get("preset")
+def _from_preset(part: str, key: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a stage or prior on top of those of its preset, if it names one."""
+    name = config.get("preset")
     if name is None:
-        return stage
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS, where=f"recipe.{where}.stage")
-    own = {key: value for key, value in stage.items() if key != "preset"}
-    return merge(to_dict(PRESETS[name]), own)
+        return config
+    own = {key: value for key, value in config.items() if key != "preset"}
+    if key == "stage" and name in PRESETS:
+        return merge(to_dict(PRESETS[name]), own)
+    if not isinstance(name, str) or ("/" not in name and not Path(name).is_dir()):
+        raise unknown("preset", name, PRESETS, where=f"recipe.{part}.{key}")
+    parts = find_model(name, verify=False).parts
+    if part not in parts:
+        raise unknown("part", part, parts, where=name)
+    found, expected = parts[part].class_name, {"stage": "Stage", "model": "DiffusionPrior"}[key]
+    if found != expected:
+        raise InputError(f"recipe.{part}.{key}.preset {name}: {part} is a {found}: expected a {expected}")
+    return merge(parts[part].config, own)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:

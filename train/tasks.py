@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from cascade.adapter import Adapter, AdapterConfig
 from cascade.augment import condition_lowres, residual_base, residual_variance, told_level
 from cascade.checkpoint import save_component
 from cascade.conditioning import TextEmbedding
-from cascade.config import to_dict
+from cascade.config import UNetConfig, to_dict
 from cascade.diffusion import diffusion_loss
 from cascade.errors import InputError
+from cascade.loading import fill_stage
 from prior.clip import CLIP, MAX_LOGIT_SCALE, contrastive_loss
 from prior.diffusion import DiffusionPrior
 from train.batches import (
@@ -47,6 +49,7 @@ class Task(nn.Module):
     network: nn.Module
     make: Maker
     prediction: str = ""  # what the network predicts
+    last_unet: UNetConfig | None = None  # the network of the stage's last step, which stays as it is
     processes: int = 1  # over which a batch is spread
 
     def __init__(self, recipe: Recipe, out: Path, name: str) -> None:
@@ -54,13 +57,15 @@ class Task(nn.Module):
         self.recipe, self.out, self.name = recipe, out, name
         self.settings = recipe.train_of(name)
         self.pictures = open_pictures(recipe.data)
-        self.text = TextStore(self.pictures, recipe.text).prepare()
+        self.text = TextStore(self.pictures, recipe.text, recipe.sees_padding(name)).prepare()
+        self.beside: dict[str, Tensor] = {}  # of init_from: saved with the component, but not trained
 
     def start(self) -> None:
         """Give the network the weights it starts from, and adapters. Raises InputError where they do not
         fit."""
         if self.settings.init_from is not None:
-            start_from(self.network, self.settings.init_from, self.name, self.prediction)
+            source, last = self.settings.init_from, self.last_unet
+            self.beside = start_from(self.network, source, self.name, self.prediction, last)
         if self.settings.lora is not None:
             inject(self.network, self.settings.lora, f"{self.name}.train.lora")
 
@@ -87,7 +92,8 @@ class Task(nn.Module):
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Write the component's folder from averaged weights, or that of its adapter."""
         if self.settings.lora is None:
-            save_component(self.out / self.name, self.config(), tensors, class_of(self.name))
+            whole = tensors | self.beside
+            save_component(self.out / self.name, self.config(), whole, class_of(self.name))
         else:
             self.adapter(tensors).save(self.out / self.name)
 
@@ -184,6 +190,8 @@ class PriorTask(Task):
         if self.settings.init_from is None:  # else it goes on with those it knows
             self.network.fit_statistics(images.sample())
         self.make = PriorMaker(recipe, self.pictures, self.text, images)
+        if not cfg.learned_null:
+            self.text.with_null()
 
     def train(self, mode: bool = True) -> PriorTask:
         super().train(mode)
@@ -202,7 +210,8 @@ class PriorTask(Task):
         assert text is not None
         with torch.no_grad():
             text = type(text)(text.sequences, self.clip.encode_text(text))
-        keep = batch["keep_text"][:, 0]  # tokens and CLIP embedding go together (unCLIP 2.2)
+        keep = batch.get("keep_text")
+        keep = None if keep is None else keep[:, 0]  # tokens and CLIP embedding go together (unCLIP 2.2)
         return self.network(batch["image_embed"], text, keep, batch["t"], batch["noise"])
 
 
@@ -220,10 +229,16 @@ class StageTask(Task):
             found = f"{name}.train.guess_batch {self.settings.guess_batch}"
             expected = "0" if self.settings.guess_batch else f"a multiple of batch, {self.settings.batch}"
             raise InputError(f"{found}: expected {expected}, for guess_width {self.cfg.unet.guess_width}")
-        self.stage = Stage(self.cfg)
+        self.last_unet = self.cfg.last_unet
+        if self.last_unet is not None and self.settings.init_from is None:
+            expected = f"{name}.train.init_from, a model whose network it takes over as it is"
+            raise InputError(f"{name}.stage.last_unet is not trained: expected {expected}")
+        self.stage = Stage(replace(self.cfg, last_unet=None))
         self.network = self.stage.unet
         images = open_images(recipe, out, self.pictures) if self.cfg.unet.image_embed_dim else None
         self.make = StageMaker(recipe, name, self.pictures, self.text, images)
+        if dims and not self.cfg.unet.learned_null:
+            self.text.with_null()
 
     def config(self) -> dict[str, Any]:
         return to_dict(self.cfg)
@@ -261,7 +276,7 @@ class StageTask(Task):
     def grid(self, tensors: dict[str, Tensor]) -> Image.Image:
         """The recipe's prompts, or what becomes of low-resolution pictures."""
         stage = Stage(self.cfg)
-        stage.unet.load_state_dict(self.merged(tensors))
+        fill_stage(stage, self.merged(tensors) | self.beside, self.name)
         device = next(self.network.parameters()).device
         stage, encoder = stage.eval().to(device, torch.bfloat16), self.text.encoder
         if self.cfg.lowres_px is None:

@@ -135,9 +135,11 @@ class _Writer:
         """The encoder and tokeniser of the model where their files are at hand."""
         for text in self.model.text:
             places = {key: text.reference.get(f"{key}subfolder") for key in ("", "tokenizer_")}
-            if text.folders and text.reference.get("kind") == "hf" and all(places.values()):
-                shutil.copytree(text.root / str(places[""]), folder / TEXT)
-                shutil.copytree(text.root / str(places["tokenizer_"]), folder / TOKENIZER)
+            # beside the model, or where it was trained with them
+            root = text.root if text.folders else Path(str(text.reference.get("name")))
+            if text.reference.get("kind") == "hf" and all(places.values()) and root.is_dir():
+                shutil.copytree(root / str(places[""]), folder / TEXT)
+                shutil.copytree(root / str(places["tokenizer_"]), folder / TOKENIZER)
                 return {TEXT: ["transformers", class_name], TOKENIZER: ["transformers", _tokenizer(folder)]}
         return {TEXT: [None, None], TOKENIZER: [None, None]}
 

@@ -144,11 +144,13 @@ def select(model: Model, names: Sequence[str]) -> Model:
 
 def merge(models: Sequence[Model]) -> Model:
     """Parts of several sources as one model. Where their text encoders differ they stand side by side, and
-    each part reads the tokens of its own. Raises InputError where two sources have the same part."""
+    each part reads the tokens of its own; that of a source whose parts read none is left out. Raises
+    InputError where two sources have the same part."""
     encoders: list[TextFiles] = []
     found: dict[str, tuple[Part, list[int]]] = {}
     for model in models:
-        places = [_place(encoders, text) for text in model.text]
+        reads = len(models) == 1 or any(map(_reads_text, model.parts.values()))
+        places = [_place(encoders, text) for text in model.text] if reads else []
         for name, part in model.parts.items():
             if name in found:
                 raise InputError(
@@ -157,6 +159,7 @@ def merge(models: Sequence[Model]) -> Model:
                 )
             found[name] = part, places
     parts = {name: part for name, (part, _) in found.items()}
+    encoders = encoders or list(models[0].text)
     if len(encoders) > 1:
         parts = {name: _renumbered(part, places) for name, (part, places) in found.items()}
     families = dict.fromkeys(model.family for model in models)
@@ -170,6 +173,11 @@ def merge(models: Sequence[Model]) -> Model:
         tuple(name for model in models for name in model.unused),
         tuple(sorted(set.intersection(*needs))),
     )
+
+
+def _reads_text(part: Part) -> bool:
+    stage = part.stage
+    return stage is None or bool(stage.unet.text_dims)
 
 
 def _place(encoders: list[TextFiles], text: TextFiles) -> int:

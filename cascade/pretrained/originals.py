@@ -33,6 +33,7 @@ from cascade.pretrained.source import LEGACY, find_licence, read_tensors
 from cascade.pretrained.unet import tensors_from_original, unet_from_original
 
 GLIDE, LAION = "GLIDE", "DALLE2-pytorch prior"
+HEAD = 64  # width of the attention heads where no file tells it: of all published networks
 CLIP_L = "openai/clip-vit-large-patch14"  # the text tower of Karlo
 GLIDE_TOKENS = "openai-community/gpt2"  # whose byte pairs GLIDE reads
 PIXEL = SamplingConfig(sampler="ddpm", spacing="linspace", threshold="static")
@@ -108,7 +109,8 @@ class _Reader:
         for file, last in ((decoder, None), (sr, "model_last_step.")):
             if file is not None:
                 prefix = "model." if last is None else "model_first_steps."
-                stage, read = self._stage(KARLO, file, "discrete_cosine", None, prefix, last)
+                heads = self._karlo_heads() if last is None else HEAD  # the other has no attention
+                stage, read = self._stage(KARLO, file, "discrete_cosine", None, prefix, last, heads=heads)
                 parts[stage.name] = Part(stage.name, "cascade", "Stage", to_dict(stage), read, str(file))
         if not parts:
             return None
@@ -163,15 +165,19 @@ class _Reader:
         prefix: str = "",
         last: str | None = None,
         px: Any = None,
+        heads: int = HEAD,
     ) -> tuple[StageConfig, Read]:
         """A U-Net as a stage, its configuration taken from the shapes of its tensors. `prefix` stands before
-        their names, `last` before those of the last step's network."""
+        their names, `last` before those of the last step's network. heads: their width, where `params` do not
+        tell it."""
 
         def tensors(device: str, start: str) -> Tensors:
             found = self._read(file, device)
             return {name.removeprefix(start): t for name, t in found.items() if name.startswith(start)}
 
-        unet = self._described(file, lambda: unet_from_original(tensors("meta", prefix), params))
+        unet = self._described(
+            file, lambda: unet_from_original(tensors("meta", prefix), params, head_channels=heads)
+        )
         sr = bool(unet.lowres_channels)
         if px is None:
             px = 2 ** (len(unet.channels) + 2)  # the deepest level of all of these networks has 8 px
@@ -210,10 +216,10 @@ class _Reader:
         statistics = self._find("ViT-L-14_stats")
         if statistics is None:
             raise InputError(f"{self.folder}: expected ViT-L-14_stats.th beside the prior, its statistics")
-        named = [p for place in ("", "configs") for p in sorted((self.folder / place).glob("prior*.yaml"))]
-        if not named:
+        described = self._karlo_config("prior")
+        if described is None:
             raise InputError(f"{self.folder}: expected prior_1B_vit_l.yaml, the prior's configuration")
-        config = reader.prior_from_karlo(read_mapping(named[0]))
+        config = reader.prior_from_karlo(read_mapping(described))
 
         def read(device: str) -> Tensors:
             mean, std = self._read(statistics, device).values()
@@ -221,6 +227,22 @@ class _Reader:
             return reader.tensors_from(reader.KARLO, found, config, str(file))
 
         return Part("prior", "prior", "DiffusionPrior", to_dict(config), read, str(file))
+
+    def _karlo_config(self, name: str) -> Path | None:
+        """A configuration of Karlo's program: it keeps them in a folder of their own."""
+        places = (self.folder, self.folder / "configs")
+        return next((p for place in places for p in sorted(place.glob(f"{name}*.yaml"))), None)
+
+    def _karlo_heads(self) -> int:
+        """Width of the decoder's attention heads: what decoder_900M_vit_l.yaml says where it is at hand."""
+        file = self._karlo_config("decoder")
+        if file is None:
+            return HEAD
+        hparams = (read_mapping(file).get("model") or {}).get("hparams") or {}
+        width = hparams.get("num_head_channels", HEAD)
+        if not isinstance(width, int) or width < 1:
+            raise InputError(f"{file}: num_head_channels {width!r}: expected the width of an attention head")
+        return width
 
     def _model(
         self, family: str, parts: dict[str, Part], text: dict[str, Any], missing: tuple[str, ...] = ()

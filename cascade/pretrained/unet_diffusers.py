@@ -274,6 +274,8 @@ def _one(value: int | tuple[int, ...], key: str) -> int:
 def config_to_diffusers(cfg: UNetConfig, image_px: int) -> dict[str, dict[str, Any]]:
     """config.json of each component: "unet", and "text_proj" where the network takes CLIP embeddings as Karlo
     does. Raises InputError, one line, that names the first field that diffusers cannot express."""
+    if cfg.text_transformer is not None:
+        raise InputError("no U-Net of diffusers holds a text transformer, as GLIDE's do")
     attends = attends_to_tokens(cfg) or any(cfg.self_attention)
     plain = not (attends or cfg.text_dims or cfg.image_embed_dim or cfg.middle_blocks == 1 or _told(cfg))
     model = _to_plain(cfg, image_px) if plain else _to_condition(cfg, image_px)

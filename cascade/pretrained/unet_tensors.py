@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cascade.checkpoint import check_tensors
 from cascade.config import UNetConfig
 from cascade.errors import InputError
 from cascade.nn.attention import Attention2d
@@ -187,32 +188,3 @@ def written(bindings: Sequence[Binding], ours: Tensors) -> dict[str, Tensor]:
     for binding in bindings:
         made |= zip(binding.theirs, binding.write([ours[name] for name in binding.ours]), strict=True)
     return made
-
-
-def check_tensors(found: Tensors, expected: Tensors, what: str) -> None:
-    """Raise InputError, one line, that names the first missing, unexpected, transposed or wrongly shaped
-    tensor of each kind. A transposed square matrix cannot be told by its shape."""
-    missing = [f"{name} {_shape(t)}" for name, t in expected.items() if name not in found]
-    unexpected = [f"{name} {_shape(t)}" for name, t in found.items() if name not in expected]
-    transposed, shaped = [], []
-    for name, t in expected.items():
-        if name in found and found[name].shape != t.shape:
-            line = f"{name}, {_shape(found[name])} instead of {_shape(t)}"
-            (transposed if found[name].shape == t.shape[::-1] else shaped).append(line)
-    kinds = {
-        "missing tensor": missing,
-        "unexpected tensor": unexpected,
-        "transposed tensor": transposed,
-        "wrongly shaped tensor": shaped,
-    }
-    problems = [
-        f"{kind} {lines[0]}{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}"
-        for kind, lines in kinds.items()
-        if lines
-    ]
-    if problems:
-        raise InputError(f"{what}: {'; '.join(problems)}")
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))

@@ -321,7 +321,7 @@ def test_what_is_not_there_is_one_line(tmp_path: Path, make: Any, message: str) 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="do not fit its config.*missing"):
+    with pytest.raises(InputError, match="missing tensor"):
         Inception(str(tmp_path / "other.pth"))
     torch.save({"layers.0.weight": torch.zeros(3, 8), "layers.0.bias": torch.zeros(3)}, tmp_path / "head.pth")
     save_open_clip(tmp_path)

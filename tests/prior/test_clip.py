@@ -200,7 +200,7 @@ def test_weights_rebuild_the_clip_whether_or_not_the_tower_was_built(clip):
 def test_a_missing_vision_weight_is_never_ignored(clip):
     state = clip.state_dict()
     del state["vision.conv1.weight"]
-    with pytest.raises(InputError, match="missing: vision.conv1.weight"):
+    with pytest.raises(InputError, match="missing tensor vision.conv1.weight"):
         load_tensors(CLIP(CONFIG), state, "clip")
 
 

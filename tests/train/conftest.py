@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from cascade import random
+from cascade.text import TextEncoder, load_text_encoder
 from tests.conftest import EMBED, LENGTH, WIDTH, ToyEncoder
 from train.__main__ import main
 from train.data.emoji import EmojiPictures
@@ -95,9 +96,10 @@ def tiny_recipe(data: Path, out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _toy_encoder_on_the_cpu() -> Iterator[None]:
-    def load(reference: dict[str, Any], *_: object, **__: object) -> ToyEncoder:
-        assert reference["kind"] == "toy"
-        return ToyEncoder()
+    def load(reference: dict[str, Any], *places: Any, **settings: Any) -> TextEncoder:
+        return (
+            ToyEncoder() if reference["kind"] == "toy" else load_text_encoder(reference, *places, **settings)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("train.encoded", "train.components", "cascade.loading"):

@@ -60,7 +60,7 @@ def test_a_prior_goes_on_with_the_statistics_it_knows(tiny: Tiny, trained: Path)
         (
             ["sr256.stage.unet.channels=[16, 24]", "sr256.stage.unet.head_channels=8"],
             "sr256",
-            r"sr256.train.init_from: weights of .*sr256 .*\(.*mis-shaped: .* instead of .*\): expected",
+            r"sr256.train.init_from: .*sr256: .*wrongly shaped tensor .* instead of .*: expected the network",
         ),
         (["sr256.stage.diffusion.prediction=eps"], "sr256", "predicts 'v': expected 'eps', as in the recipe"),
         ([], "prior", "prior/config.json: expected class Stage, found 'DiffusionPrior'"),

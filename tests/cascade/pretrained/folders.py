@@ -195,6 +195,28 @@ def karlo(folder: Path) -> Any:
     return pipe
 
 
+def kandinsky(folder: Path, later: bool = True) -> Any:
+    """Kandinsky's prior with its text encoder, in the pipeline of 2.2 (`later`) or of 2.1."""
+    sizes = dict(hidden_size=CLIP_DIM, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    seeing = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=CLIP_DIM)
+    torch.manual_seed(1)
+    scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0)
+    cls = diffusers.KandinskyV22PriorPipeline if later else diffusers.KandinskyPriorPipeline
+    pipe = cls(
+        prior=karlo_prior(),
+        image_encoder=transformers.CLIPVisionModelWithProjection(seeing).eval(),
+        text_encoder=clip_text(),
+        tokenizer=tokenizer(),
+        scheduler=exact(scheduler),
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
+    )
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -206,6 +228,7 @@ NOISE_USERS = (
     "diffusers.pipelines.deepfloyd_if.pipeline_if_superresolution",
     "diffusers.pipelines.deprecated.unclip.pipeline_unclip",
     "diffusers.pipelines.kandinsky.pipeline_kandinsky_prior",
+    "diffusers.pipelines.kandinsky2_2.pipeline_kandinsky2_2_prior",
 )
 
 

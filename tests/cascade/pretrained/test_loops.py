@@ -14,7 +14,7 @@ from torch import Tensor
 from cascade import Cascade, random
 from cascade.text import load_text_encoder
 from prior.base import candidate_noise
-from tests.cascade.pretrained.folders import PROMPTS, floyd, karlo, noise_of
+from tests.cascade.pretrained.folders import PROMPTS, floyd, kandinsky, karlo, noise_of
 
 SEEDS = [5, 6]
 TOLERANCE = dict(atol=1e-3, rtol=0.0)
@@ -123,3 +123,23 @@ def test_karlo(tmp_path: Path) -> None:
         expected = theirs(PROMPTS, output_type="np").images
     pictures = (got.stages["sr64"] * 0.5 + 0.5).permute(0, 2, 3, 1)
     assert torch.allclose(pictures, torch.from_numpy(expected), **TOLERANCE)
+
+
+@pytest.mark.parametrize("later", [True, False], ids=["2.2", "2.1"])
+@pytest.mark.parametrize("negative", [None, "pear"])
+def test_kandinskys_prior(tmp_path: Path, later: bool, negative: str | None) -> None:
+    """Its pipeline also draws embeddings of the negative prompts, as further rows of one batch."""
+    theirs = kandinsky(tmp_path, later)
+    ours = load(tmp_path)
+    assert ours.stages == {} and ours.prior is not None
+    got = ours(PROMPTS, seed=SEEDS, negative=negative, stop_at="prior", prior=dict(steps=20)).image_embed
+    rows = SEEDS if negative is None else [*SEEDS, 7, 8]
+
+    def noise() -> Iterator[Tensor]:
+        yield candidate_noise(16, rows, 1, "prior", "init")
+        yield from (random.normal((16,), rows, "prior", "step", step, 0) for step in range(20))
+
+    negatives = None if negative is None else [negative] * 2
+    with noise_of(noise()):
+        expected = theirs(PROMPTS, negative_prompt=negatives, num_inference_steps=20).image_embeds
+    assert got is not None and torch.allclose(got, expected, **TOLERANCE) and expected.std() > 0.1

@@ -123,6 +123,17 @@ def test_karlo(tmp_path: Path) -> None:
     stage, lowres = build(model.parts["sr64"]), torch.rand(1, 3, 16, 16) * 2 - 1
     got = stage.sample(lowres=lowres, seed=4)  # type: ignore[operator]
     assert torch.allclose(got, seven_steps(saved, lowres), atol=1e-3)
+    (tmp_path / "configs").mkdir()
+    for width, expected in ((16, 16), (0, None)):
+        described = {"model": {"hparams": {"num_head_channels": width}}}
+        (tmp_path / "configs" / "decoder_900M_vit_l.yaml").write_text(yaml.safe_dump(described))
+        if expected:
+            config = open_model(tmp_path, allow_legacy=True).parts["base"].config
+            assert config["unet"]["head_channels"] == expected
+        else:
+            with pytest.raises(InputError, match="num_head_channels 0: expected the width"):
+                open_model(tmp_path, allow_legacy=True)
+    (tmp_path / "configs" / "decoder_900M_vit_l.yaml").unlink()
     (tmp_path / "prior_1B_vit_l.yaml").unlink()
     with pytest.raises(InputError, match="expected prior_1B_vit_l.yaml"):
         open_model(tmp_path, allow_legacy=True)
