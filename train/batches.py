@@ -1,7 +1,7 @@
 """Batches of each stage: everything a step consumes, keyed by the sample's position in the run.
 
-Loader processes read pictures and look captions up, and pass them on in the least bytes. The training process
-makes of them what networks take, and does what only it can, with the device and the encoders.
+Loader processes read pictures and look captions up. The training process pads the texts, which are far larger
+then, and does what only it can, with the device and the encoders.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Batches(Dataset[Bundle]):
     ) -> None:
         self._make, self._batch, self._rank, self._world = make, batch, rank, world
         self._seed, self._stage, self._steps = seed, stage, steps
+        self._reader = make.reader  # before loader processes, each of which would make one
 
     def __len__(self) -> int:
         return self._steps
@@ -69,22 +71,26 @@ class Maker(ABC):
         self.stage, self.pictures, self.text = stage, pictures, text
         self.train = recipe.train_of(stage)
         self._seed = random.key(recipe.seed, "order", stage)
-        self.reader = Reader(pictures, pictures.order(self._seed, px))
+        self._px = px
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The pictures in the order of the run, which a stage that is taken as it is never asks for. Raises
+        InputError where none is large enough."""
+        return Reader(self.pictures, self.pictures.order(self._seed, self._px))
 
     def __call__(self, positions: list[int], seeds: list[int]) -> Batch:
         return self.complete(self.draw(positions, seeds))
 
     @abstractmethod
     def draw(self, positions: list[int], seeds: list[int]) -> Batch:
-        """The batch, with pictures as bytes and texts as `TextStore.gathered`; where something is yet to be
-        encoded, `captions` (as bytes) and `views` stand for it."""
+        """The batch, its texts as `TextStore.gathered`; where something is yet to be encoded, `captions` (as
+        bytes) and `views` stand for it."""
 
     def complete(self, batch: Batch, device: torch.device | str = "cpu") -> Batch:
-        """The batch on the device as networks take it: pictures in [-1, 1], texts padded, all encoded."""
+        """The batch on the device as networks take it, texts padded and all encoded."""
         moved = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
         done = {name: x for name, x in moved.items() if not name.startswith(RAW)}
-        if "x" in moved:
-            done["x"] = from_uint8(moved["x"])
         if "tokens0" in moved:
             done |= text_batch(padded(moved))
         if "captions" in batch:
@@ -220,7 +226,7 @@ class StageMaker(Maker):
         if self.cfg.lowres_px:
             augment = self.cfg.augment
             assert augment is not None
-            lowres = downsample(from_uint8(batch["x"]), shape[-1] * self.cfg.lowres_px // self.cfg.image_px)
+            lowres = downsample(batch["x"], shape[-1] * self.cfg.lowres_px // self.cfg.image_px)
             batch["lowres"] = corrupt_training(lowres, augment, seeds, self.stage)
             batch["aug_level"] = (random.uniform(seeds, "aug")[:, 0] * augment.max_level).float()
             batch["aug_noise"] = random.normal(shape, seeds, "aug_noise")
@@ -258,7 +264,7 @@ class StageMaker(Maker):
         return {GUESS + name: x for name, x in batch.items()}
 
     def _pictures(self, samples: list[Sample], seeds: list[int]) -> Tensor:
-        """B 3 H W, uint8: whole pictures, or a crop of each."""
+        """B 3 H W in [-1, 1]: whole pictures, or a crop of each."""
         crop = self.train.crop_px
         if crop is None:
             return whole(samples)
@@ -267,7 +273,7 @@ class StageMaker(Maker):
         for sample, seed in zip(samples, seeds, strict=True):
             assert sample.pixels is not None
             rows.append(best_crop(sample.pixels, crop, multiple, seed))
-        return torch.stack(rows)
+        return from_uint8(torch.stack(rows))
 
 
 def guess_part(batch: Batch) -> Batch:
@@ -290,9 +296,9 @@ def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:
 
 
 def whole(samples: list[Sample]) -> Tensor:
-    """Pictures as B 3 H W, uint8, channels last as networks want them."""
+    """Pictures as B 3 H W in [-1, 1], channels last as networks want them."""
     rows = [s.pixels.permute(1, 2, 0) for s in samples if s.pixels is not None]
-    return torch.stack(rows).permute(0, 3, 1, 2)
+    return from_uint8(torch.stack(rows).permute(0, 3, 1, 2))
 
 
 def packed(texts: list[str]) -> Tensor:

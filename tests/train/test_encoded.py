@@ -28,7 +28,7 @@ from tests.train.picture_files import Item, items, noise, write
 from tests.train.test_batches import ToyClip
 from train import embed
 from train.batches import Batches, StageMaker, packed, unpacked
-from train.cache import Cache, finish, made_from, write_shard
+from train.cache import Cache, finish, made_from, row_hash, write_shard
 from train.data import BadPicture, PictureSet, open_pictures
 from train.encoded import ImageStore, TextStore, fingerprint, stored_types
 from train.recipe import load_recipe
@@ -104,6 +104,18 @@ def test_rows_are_found_by_name(tmp_path: Path) -> None:
             assert all(torch.equal(found[f], expected[f]) for f in expected)
         assert store.get("another") is None and "another" not in store
     cache.verify()
+
+
+def test_a_row_is_hashed_when_it_is_first_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, hashed = make_cache(tmp_path), []
+    monkeypatch.setattr("train.cache.row_hash", lambda row: hashed.append(len(row["a"])) or row_hash(row))
+    cache = Cache(tmp_path)
+    rows = [cache.get(name) for name in (names[0], names[0], names[5], names[0])]
+    assert hashed == [len(names[0]), len(names[5])]
+    assert rows[0] is not None and rows[1] is not None
+    assert rows[0]["a"].data_ptr() == rows[1]["a"].data_ptr()  # both are the file
+    cache.verify()
+    assert len(hashed) == 2 + len(names)
 
 
 def test_a_shard_tells_what_it_was_made_from(tmp_path: Path) -> None:
