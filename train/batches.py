@@ -134,9 +134,9 @@ class Maker(ABC):
                 return {name: torch.stack(found)}
         return {}
 
-    def captions(self, samples: list[Sample], seeds: list[int]) -> Batch:
+    def captions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
         """A caption a sample by the captions' weights: tokens0, places0, tokens1, ... by token sequence, or
-        `captions` where the cache lacks one."""
+        `captions` where the cache lacks one. means: the mean token alone."""
         texts = [self.pictures.caption(s.index, seed) for s, seed in zip(samples, seeds, strict=True)]
         if not self.learned_null:
             kept = random.uniform(seeds, "drop", count=2)[:, 0] >= self.train.text_drop  # B
@@ -144,7 +144,7 @@ class Maker(ABC):
         rows = [row for row in self.text.rows(texts) if row is not None]
         if len(rows) < len(texts):
             return {"captions": packed(texts)}
-        return self.text.gathered(rows)
+        return self.text.means(rows) if means else self.text.gathered(rows)
 
     def keep(self, seeds: list[int]) -> Batch:
         """What each sample is still told: `keep_text` B S, a column a token sequence, for networks with a
@@ -244,8 +244,8 @@ class StageMaker(Maker):
             done |= {prefix + name: x for name, x in part.items()}
         return done
 
-    def _conditions(self, samples: list[Sample], seeds: list[int]) -> Batch:
-        batch = self.captions(samples, seeds) if self.cfg.unet.text_dims else {}
+    def _conditions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
+        batch = self.captions(samples, seeds, means) if self.cfg.unet.text_dims else {}
         batch |= self.keep(seeds) | self.embeds(samples)
         if self.cfg.unet.image_embed_dim and self.train.image_noise:
             batch["embed_noise"] = random.normal((self.cfg.unet.image_embed_dim,), seeds, "embed_noise")
@@ -253,14 +253,15 @@ class StageMaker(Maker):
 
     def _for_guess(self, positions: list[int]) -> Batch:
         """Pictures and their conditions from which a step's guess of x_0 learns: `guess_batch` over all
-        processes, in the same order of samples, through which they run faster."""
+        processes, in the same order of samples, through which they run faster. Of a caption a guess takes the
+        mean token, so that is all it gets: a fraction of the bytes."""
         share = self.train.guess_batch // self.train.batch
         if not share:
             return {}
         places = [p * share + k for p in positions for k in range(share)]
         seeds = [random.key(self._seed, "guess", p) for p in places]
         samples = self.read_at(places)
-        batch = {"x": whole(samples), **self._conditions(samples, seeds)}
+        batch = {"x": whole(samples), **self._conditions(samples, seeds, means=True)}
         return {GUESS + name: x for name, x in batch.items()}
 
     def _pictures(self, samples: list[Sample], seeds: list[int]) -> Tensor:

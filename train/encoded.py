@@ -145,11 +145,19 @@ class TextStore(Store):
     def gathered(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Rows in the least bytes, for `padded`: `tokens{i}` N D, those of all rows one after another, behind
         one of zeros; `places{i}` B L, where they stand, 0 for padding; `pooled` B D where there is one."""
+        return self._gathered(rows, self.max_length)
+
+    def means(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """As `gathered`, of each row one token, the mean of its own."""
+        names = [f"states{i}" for i in range(len(self.dims))]
+        return self._gathered([row | {name: mean_token(row[name]) for name in names} for row in rows], 1)
+
+    def _gathered(self, rows: Sequence[Row], length: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for i, width in enumerate(self.dims):
             parts = [row[f"states{i}"] for row in rows]
             lengths = torch.tensor([len(part) for part in parts])[:, None]  # B 1
-            column = torch.arange(self.max_length)  # L
+            column = torch.arange(length)  # L
             places = 1 + lengths.cumsum(0) - lengths + column  # B L
             found[f"tokens{i}"] = torch.cat([parts[0].new_zeros(1, width), *parts])
             found[f"places{i}"] = places.where(column < lengths, 0).int()
@@ -241,6 +249,11 @@ class ImageStore(Store):
                 quarantine.add(bad)
         device = next(self.clip.parameters()).device
         return found, self.encode(torch.stack(views).to(device)).cpu() if views else torch.zeros(0, 1)
+
+
+def mean_token(states: Tensor) -> Tensor:
+    """L D to 1 D, float32; zero where there is none."""
+    return states.float().sum(0, keepdim=True) / max(1, len(states))
 
 
 def padded(gathered: dict[str, Tensor]) -> TextEmbedding:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cascade import random
 from cascade.images import downsample, from_uint8
+from cascade.nn.guess import Guess
 from cascade.text.pair import PairEncoder
 from tests.conftest import EMBED, ToyEncoder
 from train.batches import (
@@ -23,6 +24,8 @@ from train.batches import (
     StageMaker,
     best_crop,
     conditioning_of,
+    guess_part,
+    text_batch,
 )
 from train.data.emoji import EmojiPictures
 from train.encoded import ImageStore, TextStore
@@ -284,6 +287,19 @@ def test_a_guess_learns_from_the_same_pictures_at_any_number_of_processes(make: 
         assert torch.equal(torch.stack(rows, dim=1).flatten(0, 2), whole[name]), name
     assert len(whole["guess_x"]) == 2 * len(whole["x"])
     assert not torch.equal(whole["guess_x"][: len(whole["x"])], whole["x"])
+
+
+def test_a_guess_is_told_the_mean_token_which_is_all_it_takes(make: Make, pictures: EmojiPictures) -> None:
+    maker = make("base", *GUESS, "data.caption_weights=[1, 0, 0, 0]", "base.train.image_noise=0")
+    assert isinstance(maker, StageMaker)
+    part = guess_part(batch_of(maker, 3))
+    assert part["states0"].shape[1] == 1 and part["mask0"].all()
+    texts = [pictures.captions(s)[0] for s in maker.samples(list(range(48, 64)))]
+    torch.manual_seed(0)
+    guess = Guess(maker.cfg.unet)
+    found = guess(conditioning_of(part, None), 16)
+    expected = guess(conditioning_of(part | text_batch(maker.text(texts)), None), 16)
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found[0], found[1], atol=1e-3)
 
 
 def test_image_noise_is_of_the_embeddings_own_scale(make: Make) -> None:
