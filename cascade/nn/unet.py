@@ -200,7 +200,8 @@ class UNet(nn.Module):
         for i, level in enumerate(cast(Sequence[Level], self.up)):
             for j, (block, attention) in enumerate(zip(level.blocks, level.attentions, strict=True)):
                 if not self.efficient or (j == 0 and i > 0):
-                    h = torch.cat([h, skips.pop() * self.cfg.skip_scale], dim=1)
+                    skip, scale = skips.pop(), self.cfg.skip_scale
+                    h = torch.cat([h, skip if scale == 1.0 else skip * scale], dim=1)
                 h = self._attend(attention, self._run(block, h, emb), tokens, context.mask)
             if level.resample is not None:
                 h = level.resample(h) if self.efficient else self._run(level.resample, h, emb)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cascade.nn.layers import LevelEmbedding, ResBlock, RMSNorm2d, Upsample, norm2d, sinusoid
+from cascade.nn.layers import LevelEmbedding, ResBlock, RMSNorm2d, Upsample, activation, norm2d, sinusoid
 
 
 def test_sinusoid_is_cosines_then_sines_of_geometric_frequencies() -> None:
@@ -49,6 +49,29 @@ def test_rms_norm_computes_in_float32() -> None:
 def test_group_norm_takes_at_most_32_groups_that_divide(channels: int, groups: int) -> None:
     norm = norm2d("group", channels)
     assert isinstance(norm, torch.nn.GroupNorm) and norm.num_groups == groups
+
+
+@pytest.mark.parametrize("channels", [96, 512])
+@pytest.mark.parametrize("side", [5, 40])
+def test_group_norm_in_bf16_is_that_in_float32_rounded(channels: int, side: int) -> None:
+    """Whichever kernel a size takes."""
+    norm = norm2d("group", channels).bfloat16()
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = (3 * torch.randn(2, channels, side, side) + 1).bfloat16()
+    out = norm(x.contiguous(memory_format=torch.channels_last))
+    expected = F.group_norm(x.float(), 32, norm.weight.float(), norm.bias.float())
+    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.float(), expected, atol=1e-2, rtol=8e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 5), (3, 7)])
+def test_gelu_is_exact_and_keeps_the_layout(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    out = activation("gelu")(x)
+    assert out.stride() == x.stride()
+    torch.testing.assert_close(out, x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
 
 
 def test_upsample_repeats_pixels_then_convolves() -> None:
