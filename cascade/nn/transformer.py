@@ -19,15 +19,19 @@ class TextTransformer(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab, cfg.width)
         self.position = nn.Parameter(torch.randn(cfg.length, cfg.width) * 0.01)
         self.padding = nn.Parameter(torch.randn(cfg.length, cfg.width) * 0.01)
-        block = nn.TransformerEncoderLayer(
-            cfg.width, cfg.heads, 4 * cfg.width, 0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(
-            block, cfg.layers, norm=nn.LayerNorm(cfg.width), enable_nested_tensor=False
-        )
+        norm = nn.LayerNorm(cfg.width)
+        self.blocks = nn.TransformerEncoder(_block(cfg), 0, norm, enable_nested_tensor=False)
+        # not as copies of one: they share no initial weights
+        self.blocks.layers.extend(_block(cfg) for _ in range(cfg.layers))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         if ids.shape[1] != self.length:
             raise InputError(f"token ids: expected sequences of {self.length}, got {ids.shape[1]}")
         states = self.embedding(ids) + self.position
         return self.blocks(torch.where(mask[..., None], states, self.padding))
+
+
+def _block(cfg: TextTransformerConfig) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(
+        cfg.width, cfg.heads, 4 * cfg.width, 0.0, activation="gelu", batch_first=True, norm_first=True
+    )

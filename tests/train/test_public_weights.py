@@ -21,11 +21,13 @@ from cascade.pretrained.model import open_model
 from cascade.text import load_text_encoder
 from tests.cascade.pretrained import folders
 from tests.cascade.pretrained.folders import CLIP_DIM, LENGTH, edit_json
+from tests.cascade.pretrained.test_originals import SMALL_GLIDE, network, save_words
 from tests.prior.test_clip import MODEL
 from tests.train.conftest import make_records, write_data
 from train.__main__ import main
 from train.batches import text_of
 from train.components import source_component
+from train.plan import make_plan
 from train.recipe import load_recipe
 from train.tasks import make_task
 
@@ -227,6 +229,25 @@ def test_kandinskys_prior(public: Path, tmp_path: Path, lora: bool) -> None:
     assert cascade(["convert", str(model), str(tmp_path / "back"), "--to", "diffusers"]) == 0
     network = diffusers.PriorTransformer.from_pretrained(tmp_path / "back", subfolder="prior")
     assert network.config.embedding_dim == CLIP_DIM
+
+
+def test_glides_token_ids_stay_whole(public: Path, tmp_path: Path) -> None:
+    """Its networks embed the text themselves: what is cached and padded is numbers of tokens."""
+    folder = tmp_path / "glide"
+    folder.mkdir()
+    save_file(network(SMALL_GLIDE).state_dict(), folder / "base.safetensors")
+    save_words(folder)
+    recipe = recipe_of(public, "if-i", False, base=dict(preset=str(folder), **SMALL))
+    recipe["text"] = {"kind": "glide", "name": str(folder), "max_length": SMALL_GLIDE.length}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    task = make_task(load_recipe(str(path), ["base.train.text_drop=0"]), tmp_path, "base")
+    batch = task.make(list(range(12)), list(range(12)))  # every picture, the red apples too
+    ids = load_text_encoder(recipe["text"])(["a red apple"]).sequences[0].states
+    assert batch["states0"].dtype == torch.int64 == ids.dtype and batch["states0"].max() == ids[0, 2] == 3
+    loss = task(batch).mean()
+    loss.backward()
+    assert loss.isfinite() and make_plan(load_recipe(str(path)), "base").flops > 0
 
 
 def test_what_a_preset_cannot_be(public: Path, tmp_path: Path) -> None:

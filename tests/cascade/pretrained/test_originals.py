@@ -165,18 +165,23 @@ def cosine_alpha_bar() -> Tensor:
     return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)
 
 
+END = 49  # GLIDE's end token here
 SMALL_GLIDE = Spec("glide", head=64, text=64)
 LARGE_GLIDE = replace(SMALL_GLIDE, mult=(1, 1, 1, 2), blocks=(1,) * 4, attends=(False, False, False, True))
 
 
-@pytest.fixture
-def glide_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def save_words(folder: Path) -> None:
     """A tokeniser of few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({"<|endoftext|>": 49, "?": 0, "a": 1, "red": 2, "apple": 3}, "?"))
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": END, "?": 0, "a": 1, "red": 2, "apple": 3}, "?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
-    words.save(str(tmp_path / "tokenizer.json"))
+    words.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def glide_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_words(tmp_path)
     monkeypatch.setattr("cascade.text.glide.resolve", lambda *_: tmp_path)
 
 
