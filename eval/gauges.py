@@ -60,13 +60,15 @@ class Gauge:
     label: str = ""  # of its set measures: "FD, label"
     options: tuple[tuple[str, Any], ...] = ()
     words_only: bool = False  # sees only prompts that ask for words
+    pickles: bool = False  # whether its weights may come as pickles, where they are allowed
     note: str = ""
 
-    def load(self, source: str) -> Extractor:
+    def load(self, source: str, allow_legacy: bool = False) -> Extractor:
         module, _, name = self.loader.partition(":")
         make = getattr(importlib.import_module(f"eval.extractors.{module}"), name)
         arguments = [source] if self.source else []
-        return cast(Extractor, make(*arguments, **dict(self.options)))
+        options = dict(self.options) | ({"allow_legacy": allow_legacy} if self.pickles else {})
+        return cast(Extractor, make(*arguments, **options))
 
 
 def _clip(prefix: str, title: str) -> tuple[Score, ...]:
@@ -96,7 +98,7 @@ GAUGES = {
         note="The own CLIP gave the model's prior its targets: its scores flatter the model, and say nothing "
         "about models of other makers.",
     ),
-    "clip": Gauge("clip:load_clip", CLIP_SOURCE, _clip("clip", "CLIP")),
+    "clip": Gauge("clip:load_clip", CLIP_SOURCE, _clip("clip", "CLIP"), pickles=True),
     "ocr": Gauge(
         "lettering:Lettering",
         scores=(
@@ -109,34 +111,39 @@ GAUGES = {
         "clip:Aesthetic",
         "FILE[,CLIP]",
         (Score("aesthetic", "Aesthetic predictor", "mark, 1 to 10", _column(0)),),
+        pickles=True,
     ),
     "pickscore": Gauge(
         "clip:load_clip",
         CLIP_SOURCE,
         (Score("pickscore", "PickScore", "scaled cosine", _scaled_cosines),),
+        pickles=True,
     ),
     "hpsv2": Gauge(
         "clip:load_hpsv2",
         "FILE[,NAME]",
         (Score("hpsv2", "HPSv2", "cosine", Seen.cosines),),
+        pickles=True,
         note="Comparable on the same prompts and by the same version of the weights only.",
     ),
     "imagereward": Gauge(
         "reward:ImageReward",
         "FOLDER|owner/name",
         (Score("imagereward", "ImageReward", "standard deviations", _column(0)),),
+        pickles=True,
     ),
     "efficientnet": Gauge("vision:EfficientNetLite0", sets=ALL, label="EfficientNet-Lite0 (not FID)"),
-    "inception": Gauge("vision:Inception", "FILE|owner/name/FILE", sets=ALL, label="Inception"),
+    "inception": Gauge("vision:Inception", "FILE|owner/name/FILE", sets=ALL, label="Inception", pickles=True),
     "inception-clean": Gauge(
         "vision:Inception",
         "FILE|owner/name/FILE",
         sets=ALL,
         label="Inception, clean resize",
+        pickles=True,
         options=(("antialias", True),),
     ),
     "dinov2": Gauge("vision:DINOv2", "FOLDER|owner/name", sets=ALL, label="DINOv2"),
-    "cmmd": Gauge("clip:load_clip", CLIP_SOURCE, sets=("cmmd",), label="CLIP"),
+    "cmmd": Gauge("clip:load_clip", CLIP_SOURCE, sets=("cmmd",), label="CLIP", pickles=True),
 }
 IMPORTS = {  # results of scorers elsewhere (see `eval.exchange`) -> what stands after =
     "geneval": "FOLDER",

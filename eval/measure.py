@@ -43,18 +43,20 @@ def measure(
     stage: str | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    allow_legacy: bool = False,
 ) -> Table:
     """Measure a run, write RUN/report.json and return it.
 
     metrics: NAME or NAME=SOURCE; none: what needs no download (own-clip, ocr where prompts ask for words,
     efficientnet where there are references). references: real pictures, or a file of their statistics; where
     the suite names a picture a prompt, those alone. stage: whose pictures, by default the last of each model.
-    seed: of everything random in the statistics. Raises InputError, one line, where any of it is not there;
-    then report.json is as it was."""
+    seed: of everything random in the statistics. allow_legacy: read networks that are pickles, of which
+    tensors alone are taken. Raises InputError, one line, where any of it is not there; then report.json is as
+    it was."""
     stages = {name: run.stage(name, stage) for name in run.models}
     specs = _specs(run, metrics, references)
     reference = None if references is None else open_reference(run, references)
-    measuring = Measuring(run, specs, reference, seed, device)
+    measuring = Measuring(run, specs, reference, seed, device, allow_legacy)
     scores, sets = measuring.compared_scores(stage), measuring.sets(stage)
     prompts = len(run.suite.prompts)
     report = {

@@ -40,8 +40,10 @@ class Measuring:
         reference: Reference | None,
         seed: int,
         device: torch.device | str,
+        allow_legacy: bool = False,
     ) -> None:
-        """Raises InputError where an extractor cannot be loaded, or has nothing to compare with."""
+        """allow_legacy: read networks that are pickles. Raises InputError where an extractor cannot be
+        loaded, or has nothing to compare with."""
         self.run, self.reference, self.seed = run, reference, seed
         self.texts = list(dict.fromkeys(prompt.text for prompt in run.suite.prompts))
         self.place = {text: place for place, text in enumerate(self.texts)}
@@ -56,7 +58,7 @@ class Measuring:
             if name in GAUGES:
                 if not GAUGES[name].scores and reference is None:
                     raise InputError(f"metric {name} compares with real pictures: expected --references")
-                self.extractors[name] = GAUGES[name].load(source)
+                self.extractors[name] = GAUGES[name].load(source, allow_legacy)
                 self.extractors[name].to(device)
 
     # -- scores of single pictures ---------------------------------------------------------------------------

@@ -188,9 +188,15 @@ def _read_legacy(path: Path, allow_legacy: bool, device: str) -> dict[str, Tenso
         return _read_file(converted, allow_legacy, device)
     if not allow_legacy:
         raise InputError(f"{path} is a pickle: expected safetensors; to convert it give {ALLOW_LEGACY}")
-    tensors = flatten(_unpickle(path), str(path))
+    tensors = read_pickle(path)
     _keep(tensors, converted)
     return {name: t.to(device) for name, t in tensors.items()} if device != "cpu" else tensors
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, in its own order. Raises InputError where it asks for anything else, is
+    damaged or holds none."""
+    return flatten(_unpickle(path), str(path))
 
 
 def _unpickle(path: Path) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade.errors import InputError
+from cascade.pretrained.source import LEGACY, read_tensors
 
 
 class Extractor(ABC):
@@ -80,34 +78,31 @@ def find_file(source: str) -> Path:
         raise InputError(f"no file {source}, here or on the hub: {first_line(error)}") from None
 
 
-def find_folder(source: str) -> Path:
-    """A folder by path, or the files of the hub repository owner/name. Raises InputError likewise."""
+def find_folder(source: str, allow_legacy: bool = False) -> Path:
+    """A folder by path, or the files of the hub repository owner/name, pickles where they are allowed. Raises
+    InputError likewise."""
     if (path := Path(source).expanduser()).is_dir():
         return path
     if source.count("/") != 1 or path.is_absolute():
         raise InputError(f"no folder {source}: expected a path, or owner/name of a hub repository")
     from huggingface_hub import snapshot_download
 
+    endings = (".json", ".safetensors", ".txt", *(LEGACY if allow_legacy else ()))
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(snapshot_download(source, allow_patterns=[f"*{ending}" for ending in endings]))
     except (OSError, ValueError) as error:
         raise InputError(f"no folder {source}, here or on the hub: {first_line(error)}") from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a PyTorch one, of which nothing is executed. Raises InputError
-    where it is neither."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # of pickles that are not PyTorch's: refused below
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} holds no weights that can be read safely: {first_line(error)}") from None
-    nested = found.get("state_dict", found) if isinstance(found, dict) else None
-    if nested is None or not all(isinstance(value, Tensor) for value in nested.values()):
-        raise InputError(f"{path}: expected a file of named tensors")
-    return nested
+def as_safetensors(path: Path, allow_legacy: bool) -> Path:
+    """A file of weights for a library that reads files itself: `path`, or the safetensors that a pickle is
+    converted to. Raises InputError as `read_tensors`, and where these cannot be written beside it."""
+    if path.suffix not in LEGACY:
+        return path
+    read_tensors(path, allow_legacy=allow_legacy)
+    if not (converted := path.with_suffix(".safetensors")).is_file():
+        raise InputError(f"cannot write {converted}: expected {path} in a folder that can be written to")
+    return converted
 
 
 def load_pretrained(model_class: Any, folder: Path) -> Any:

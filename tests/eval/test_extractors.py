@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from cascade import Cascade
 from cascade.errors import InputError
 from cascade.images import from_pil, from_uint8, to_pil, to_uint8
-from eval.extractors.base import find_file, read_weights
+from eval.extractors.base import find_file
 from eval.extractors.clip import Aesthetic, OwnClip, load_clip, load_hpsv2
 from eval.extractors.lettering import Lettering
 from eval.extractors.resize import clean, pillow, tensorflow, to_levels
@@ -100,7 +100,7 @@ def test_inception_is_torch_fidelitys(tmp_path: Path) -> None:
         "x", ["2048"], feature_extractor_weights_path=str(tmp_path / "pt_inception.pth")
     )
     found, expected = (
-        rows(Inception(str(tmp_path / "pt_inception.pth")), PICTURE),
+        rows(Inception(str(tmp_path / "pt_inception.pth"), allow_legacy=True), PICTURE),
         theirs(to_uint8(PICTURE)[None])[0],
     )
     assert expected.std() > 0.1
@@ -183,7 +183,7 @@ def test_hpsv2_reads_the_published_checkpoint(tmp_path: Path, tiny_open_clip: st
     """A PyTorch file with the weights under state_dict."""
     model = open_clip.model.CLIP(embed_dim=8, vision_cfg=CLIP_VISION, text_cfg=CLIP_TEXT).eval()
     torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "HPS.pt")
-    extractor = load_hpsv2(f"{tmp_path / 'HPS.pt'},{tiny_open_clip}")
+    extractor = load_hpsv2(f"{tmp_path / 'HPS.pt'},{tiny_open_clip}", allow_legacy=True)
     with torch.no_grad():
         expected = model.encode_image(extractor.prepare(SQUARE)[None])
     torch.testing.assert_close(rows(extractor, SQUARE), expected, atol=1e-5, rtol=0)
@@ -193,7 +193,7 @@ def test_aesthetic_predictor(tmp_path: Path) -> None:
     """The published file's names: linear layers with dropout, which holds no tensors, between them."""
     model, clip = save_open_clip(tmp_path), f"local-dir:{tmp_path}"
     layers = save_aesthetic_head(tmp_path / "head.pth")
-    extractor = Aesthetic(f"{tmp_path / 'head.pth'},{clip}")
+    extractor = Aesthetic(f"{tmp_path / 'head.pth'},{clip}", allow_legacy=True)
     with torch.no_grad():
         image = F.normalize(model.encode_image(extractor.prepare(SQUARE)[None]), dim=1)
         expected = layers.eval()(image)
@@ -253,7 +253,7 @@ def test_image_reward_is_transformers_blip(tmp_path: Path) -> None:
     (tmp_path / "med_config.json").write_text(json.dumps({**sizes, "max_position_embeddings": 40}))
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
 
-    extractor = ImageReward(str(tmp_path))
+    extractor = ImageReward(str(tmp_path), allow_legacy=True)
     ids = torch.tensor([[2, 5, 6, 7, 8, 3] + [0] * 29])  # "a red apples", padded to 35
     with torch.no_grad():
         seen = vision(extractor.prepare(SQUARE)[None]).last_hidden_state
@@ -292,10 +292,27 @@ class Payload:
 def test_a_pickle_is_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload()))
     torch.save({"a": Payload()}, tmp_path / "evil2.pth")
-    for name in ("evil.pth", "evil2.pth"):
-        with pytest.raises(InputError, match="no weights that can be read safely"):
-            read_weights(tmp_path / name)
+    save_open_clip(tmp_path)
+    clip = f"local-dir:{tmp_path}"
+    for file in (tmp_path / "evil.pth", tmp_path / "evil2.pth"):
+        for load in (Inception, lambda path, **k: Aesthetic(f"{path},{clip}", **k), load_hpsv2):
+            with pytest.raises(InputError, match="is a pickle: .*--allow-legacy-checkpoint"):
+                load(str(file))
+            with pytest.raises(InputError, match="expected a pickle of tensors alone"):
+                load(str(file), allow_legacy=True)
     assert "executed" not in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("evil*")) == ["evil.pth", "evil2.pth"]
+
+
+def test_a_pickle_is_converted_once(tmp_path: Path) -> None:
+    layers = save_aesthetic_head(tmp_path / "head.pth")
+    save_open_clip(tmp_path)
+    source = f"{tmp_path / 'head.pth'},local-dir:{tmp_path}"
+    first = Aesthetic(source, allow_legacy=True)
+    (tmp_path / "head.pth").write_bytes(b"no longer needed")
+    again = Aesthetic(source)
+    assert first.fingerprint() == again.fingerprint()
+    assert torch.equal(again.module["head"][0].weight, layers[0].weight)
 
 
 @pytest.mark.parametrize(
@@ -322,11 +339,11 @@ def test_what_is_not_there_is_one_line(tmp_path: Path, make: Any, message: str) 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="missing tensor"):
-        Inception(str(tmp_path / "other.pth"))
+        Inception(str(tmp_path / "other.pth"), allow_legacy=True)
     torch.save({"layers.0.weight": torch.zeros(3, 8), "layers.0.bias": torch.zeros(3)}, tmp_path / "head.pth")
     save_open_clip(tmp_path)
     with pytest.raises(InputError, match="ends in one number"):
-        Aesthetic(f"{tmp_path / 'head.pth'},local-dir:{tmp_path}")
+        Aesthetic(f"{tmp_path / 'head.pth'},local-dir:{tmp_path}", allow_legacy=True)
 
 
 def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
