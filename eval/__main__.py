@@ -1,8 +1,8 @@
 """`python -m eval SUITE` draws, measures, reports and makes the page for people, in one command.
 
 python -m eval skills --out runs/skills                              the embedded default on the own prompts
-accelerate launch -m eval drawbench DrawBench.csv --model A --against B --per-prompt 8 --out RUN
-accelerate launch -m eval coco captions_val2014.json --references val2014 --model A --out RUN
+python -m eval.launch --nproc 8 drawbench DrawBench.csv --model A --against B --per-prompt 8 --out RUN
+python -m eval.launch --nproc 8 coco captions_val2014.json --references val2014 --model A --out RUN
 python -m eval measure|report|blind RUN, python -m eval tally RUN votes/*.json     one part of it again
 python -m eval export RUN geneval|vqascore                           pictures for scorers elsewhere
 """
@@ -13,6 +13,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -22,27 +23,39 @@ from cascade.errors import InputError, unknown
 if TYPE_CHECKING:
     from eval.run import Run
 
-MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that speaks
+RANK = int(os.environ.get("RANK", "0"))  # among several processes
+GRACE_S = 20.0  # for the first process to speak, and for the launcher to end the others then
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 after bad input (one line on stderr), 130 when interrupted."""
+    """Exit status: 0; 2 after bad input (one line on stderr); 1 where another process failed, which says why;
+    130 when interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parts = {"measure": _measure, "report": _report, "blind": _blind, "tally": _tally, "export": _export}
     try:
         name = argv[0] if argv else ""
-        return parts[name](argv[1:]) if name in parts else _evaluate(argv)
+        if name not in parts:
+            return _evaluate(argv)
+        return 0 if RANK else parts[name](argv[1:])  # several processes only draw together
     except InputError as error:
-        if MAIN:
-            print(f"eval: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _say(message: str) -> None:
+    """One line on stderr. Processes mostly meet the same mistake: the first speaks, and when it has gone the
+    launcher ends the others. One that still lives then met it alone."""
+    if RANK:
+        time.sleep(GRACE_S)
+        message = f"process {RANK}: {message}"
+    print(f"eval: {message}", file=sys.stderr, flush=True)
 
 
 # -- the whole ---------------------------------------------------------------------------------------------
@@ -52,6 +65,7 @@ def _evaluate(argv: list[str]) -> int:
     arguments = _parse(_suite_parser(), argv)
     from eval.evaluate import Request, draw_run
     from eval.measure import check
+    from eval.processes import Lost
     from eval.settings import make_settings
     from eval.suites import COCO_PX, first, load_suite
 
@@ -74,7 +88,11 @@ def _evaluate(argv: list[str]) -> int:
         references=arguments.references,
         command=f"python -m eval {shlex.join(argv)}",
     )
-    run = draw_run(request)
+    try:
+        run = draw_run(request)
+    except Lost as error:
+        _say(f"the other processes are gone ({error})")
+        return 1
     if run is not None and not arguments.draw_only:
         from eval.blind import write_blind
 
@@ -87,8 +105,8 @@ def _conclude(run: Run, arguments: argparse.Namespace) -> None:
     """Measure a run and report it."""
     import torch
 
-    from eval.evaluate import processes
     from eval.measure import measure
+    from eval.processes import processes
     from eval.report import write_report
 
     references = arguments.references or run.plan.references
@@ -99,12 +117,13 @@ def _conclude(run: Run, arguments: argparse.Namespace) -> None:
         stage=arguments.stage,
         seed=run.plan.seed,
         device=torch.device(str(processes().device)).type,  # the same words for one process and many
+        allow_legacy=arguments.allow_legacy_checkpoint,
     )
     print(f"report: {write_report(run, report)}")
 
 
-def _suite_parser() -> _Parser:
-    parser = _Parser(
+def _suite_parser() -> Parser:
+    parser = Parser(
         prog="python -m eval",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -231,10 +250,15 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     add("--references", metavar="DIR", help="real pictures: of the suite's prompts, and to measure against")
     add("--metrics", nargs="+", default=[], metavar="NAME[=SOURCE]", help="default: what needs no download")
     add("--stage", metavar="STAGE", help="whose pictures are measured (default: the last)")
+    add(
+        "--allow-legacy-checkpoint",
+        action="store_true",
+        help="read a metric's weights from a pickle, tensors alone, and keep a safetensors copy",
+    )
 
 
-def _part_parser(name: str, description: str) -> _Parser:
-    parser = _Parser(prog=f"python -m eval {name}", description=description, allow_abbrev=False)
+def _part_parser(name: str, description: str) -> Parser:
+    parser = Parser(prog=f"python -m eval {name}", description=description, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN")
     return parser
 
@@ -248,4 +272,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and "RANK" in os.environ:  # an orderly end would wait for processes that are gone
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

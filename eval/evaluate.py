@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from cascade import Cascade
 from cascade.errors import InputError
 from eval.generate import draw_share, finish, run_folder
 from eval.models import Found, code_version, find_pictures, is_model, load_model, take_in
-from eval.progress import shown
+from eval.processes import processes, together
+from eval.progress import said_once, shown
 from eval.run import Model, Plan, Run, Setting, append_items, read_items
 from eval.settings import check_settings
 from eval.suites import Suite
 
-PATIENCE = timedelta(days=30)  # of a process that waits for the others to end their share
 ACCELERATOR_BATCH = 16  # pictures drawn together; on the CPU they are drawn one by one
 
 
@@ -50,39 +46,26 @@ def draw_run(request: Request) -> Run | None:
     Raises InputError, one line and before anything is drawn, where something asked for cannot be."""
     state = processes()
     try:
-        device = torch.device(str(state.device))
-        plan, pipes, made = _prepare(request, device)
-        main, rank, world = state.is_main_process, state.process_index, state.num_processes
-        with run_folder(request.out, plan) if main else nullcontext(plan) as plan:
-            if main:
-                there = {item.key for item in read_items(request.out)}
-                for name, found in made.items():
-                    append_items(request.out, rank, take_in(request.out, plan, name, found, there))
-            state.wait_for_everyone()
-            total = sum(1 for _ in plan.keys())
-            with shown(request.out, total) if main else nullcontext(lambda: None) as report:
-                try:
-                    draw_share(request.out, plan, pipes, code_version(), rank, world, report)
-                except InputError as error:
-                    if not main:  # the first process speaks only of what it meets itself
-                        print(f"eval: process {rank}: {error}", file=sys.stderr)
-                    raise
-            state.wait_for_everyone()
-            return finish(request.out, plan) if main else None
+        with together(state):
+            return _draw(request, state)
     finally:
         state.destroy_process_group()
 
 
-def processes() -> PartialState:
-    """This process among those of its launch, and its device: one of them or many.
-
-    Kernels of the CPU add up in another order when more threads share the work, which changes the last bits.
-    So a process computes with one thread there, and several cores are used by several processes."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, **({"timeout": PATIENCE} if "LOCAL_RANK" in os.environ else {}))
-    if cpu:
-        torch.set_num_threads(1)
-    return state
+def _draw(request: Request, state: PartialState) -> Run | None:
+    plan, pipes, made = _prepare(request, torch.device(str(state.device)))
+    main, rank, world = state.is_main_process, state.process_index, state.num_processes
+    with run_folder(request.out, plan) if main else nullcontext(plan) as plan:
+        if main:
+            there = {item.key for item in read_items(request.out)}
+            for name, found in made.items():
+                append_items(request.out, rank, take_in(request.out, plan, name, found, there))
+        state.wait_for_everyone()
+        total = sum(1 for _ in plan.keys())
+        with said_once(), shown(request.out, total) if main else nullcontext(lambda: None) as report:
+            draw_share(request.out, plan, pipes, code_version(), rank, world, report)
+        state.wait_for_everyone()
+        return finish(request.out, plan) if main else None
 
 
 def _prepare(request: Request, device: torch.device) -> tuple[Plan, dict[str, Cascade], dict[str, Found]]:

@@ -1,7 +1,8 @@
-"""How far a run is, over all its processes."""
+"""How far a run is, over all its processes, and what is said meanwhile."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,3 +57,21 @@ def shown(folder: Path, total: int) -> Iterator[Callable[[], None]]:
                 print(f"eval: {done} of {total} pictures, {left / 60:.0f} min left", file=sys.stderr)
 
         yield update
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Within it the library says a thing once, as that a prompt is too long: each is drawn many times."""
+    said = set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
+    logger = logging.getLogger("cascade")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,8 +45,8 @@ def write_list(path: Path) -> Path:
 
 
 def launch(arguments: list[str], processes: int) -> subprocess.Popen[bytes]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, "-m", "eval", *arguments], stdout=subprocess.DEVNULL)
+    command = ["eval.launch", "--nproc", str(processes)] if processes > 1 else ["eval"]
+    return subprocess.Popen([sys.executable, "-m", *command, *arguments], stdout=subprocess.DEVNULL)
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
@@ -72,8 +73,11 @@ def finish(arguments: list[str], processes: int) -> None:
 
 def drawn(run: Path) -> int:
     """Pictures in the manifests; a launch that begins moves lines from one to another."""
-    found = [path for path in (run / MANIFEST, *rank_manifests(run)) if path.is_file()]
-    return len({line for path in found for line in path.read_bytes().splitlines(keepends=True)})
+    found = set[bytes]()
+    for path in (run / MANIFEST, *rank_manifests(run)):
+        with suppress(FileNotFoundError):
+            found.update(path.read_bytes().splitlines(keepends=True))
+    return len(found)
 
 
 class Pace:

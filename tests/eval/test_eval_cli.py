@@ -1,8 +1,9 @@
-"""`python -m eval`: the whole in one command, one line for every mistake, and kills of real processes."""
+"""`python -m eval`: the whole in one command, one line for every mistake, real processes that are killed."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -14,15 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from cascade import Cascade
 from cascade.text import load_text_encoder
-from eval.__main__ import main
-from eval.evaluate import Request, draw_run
-from eval.progress import Counter
+from eval.__main__ import GRACE_S, main
+from eval.launch import main as launcher
+from eval.progress import Counter, said_once
 from eval.run import read_run
-from eval.suites import load_suite
 from tests.conftest import tiny_stage
+from tests.eval.small_models import save_open_clip
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,37 +136,117 @@ def test_a_run_of_another_model_is_left_as_it_is(
     assert {path: path.read_bytes() for path in before} == before
 
 
-# -- kills ---------------------------------------------------------------------------------------------------
+# -- several processes ---------------------------------------------------------------------------------------
 
 
-def test_a_killed_command_is_taken_up_by_two_processes(own_process_state, tmp_path) -> None:
-    """SIGKILL in the middle of a real command; the rest is drawn by two processes. The manifest, which holds
-    the hash of every picture, is that of a run without a kill."""
+def save_model(folder: Path) -> str:
     torch.manual_seed(0)
     stage = tiny_stage("base", 16, text_dims=(384,), image_embed_dim=None)
-    Cascade([stage], load_text_encoder({"kind": "minilm"})).save_pretrained(tmp_path / "model")
-    listed = tmp_path / "list.txt"
-    listed.write_text("".join(f"an owl with {number} feathers\n" for number in range(20)))
-    argv = ["prompts", str(listed), "--model", str(tmp_path / "model"), "--per-prompt", "2", "--draw-only"]
-    command = ["-m", "eval", *argv, "--out", str(tmp_path / "run")]
-    counter = Counter(tmp_path / "run")
+    Cascade([stage], load_text_encoder({"kind": "minilm"})).save_pretrained(folder)
+    return str(folder)
 
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+
+def launch(folder: Path, launcher: list[str], *argv: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, *launcher, *argv]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def test_a_killed_command_is_taken_up_by_two_processes(
+    own_process_state, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL amid a real command; the rest is drawn by two processes, and measured. The manifest,
+    which holds the hash of every picture, and the report are those of one process without a kill."""
+    model, clip = save_model(tmp_path / "model"), tmp_path / "clip"
+    clip.mkdir()
+    save_open_clip(clip)
+    (tmp_path / "list.txt").write_text("".join(f"an owl with {number} feathers\n" for number in range(20)))
+    argv = ["prompts", str(tmp_path / "list.txt"), "--model", model, "--per-prompt", "2", "--out", "run"]
+    argv += ["--metrics", f"clip=local-dir:{clip}"]
+
+    folder = tmp_path / "killed"
+    process, counter = launch(folder, ["-m", "eval"], *argv), Counter(folder / "run")
     while process.poll() is None and counter.read() < 3:
         time.sleep(0.005)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert 3 <= counter.read() < 40
+    process = launch(folder, ["-m", "eval.launch", "--nproc", "2"], *argv)
+    process.communicate()
+    assert process.returncode == 0
 
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launcher, *command], cwd=ROOT, env=environment, check=True)
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert main(argv) == 0
+    for name in ("manifest.jsonl", "report.json"):
+        both = [(place / "run" / name).read_text() for place in (folder, tmp_path / "whole")]
+        found, expected = (re.sub('"code": "[^"]*"', "", text) for text in both)  # a commit may fall between
+        assert found == expected, name
+    assert json.loads((folder / "run" / "report.json").read_text())["metrics"]["clip_cosine"]["values"]["A"]
 
-    suite = load_suite("prompts", str(listed))
-    whole = draw_run(
-        Request(out=tmp_path / "whole", suite=suite, model=str(tmp_path / "model"), per_prompt=2)
-    )
-    assert whole is not None and read_run(tmp_path / "run").items == whole.items
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["drawbnech"], "unknown suite 'drawbnech'.*did you mean 'drawbench'"),  # which all processes meet
+        (["prompts", "LIST", "--model", "MODEL", "--out", "."], "no run and not empty"),  # and one alone
+    ],
+)
+def test_a_mistake_of_many_is_one_line(prompts, tmp_path, argv: list[str], message: str) -> None:
+    places = {"LIST": prompts, "MODEL": save_model(tmp_path / "model")}
+    argv = [places.get(word, word) for word in argv]
+    process = launch(tmp_path, ["-m", "eval.launch", "--nproc", "2"], *argv)
+    _, error = process.communicate(timeout=300)  # returns once no process has stderr open
+    assert process.returncode == 2
+    assert re.fullmatch(f"eval: .*{message}.*\n", error), error
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [(None, 0), (2, 2), (-9, 137), (SignalException("stopped", 15), 143)]
+)
+def test_the_launcher_ends_as_the_first_process_that_failed(
+    monkeypatch: pytest.MonkeyPatch, ending: object, status: int
+) -> None:
+    seen = []
+
+    def run(arguments: list[str]) -> None:
+        seen.append(arguments)
+        if isinstance(ending, int):
+            failure = ProcessFailure(local_rank=0, pid=1, exitcode=ending, error_file="none")
+            raise ChildFailedError("eval", {0: failure})
+        if isinstance(ending, BaseException):
+            raise ending
+
+    monkeypatch.setattr("torch.distributed.run.main", run)
+    assert launcher(["--nproc", "3", "skills", "--out", "run"]) == status
+    assert seen[0][-5:] == ["-m", "eval", "skills", "--out", "run"] and "3" in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"), [(["skills"], "--nproc"), (["--nproc", "0", "skills"], "expected at least 1")]
+)
+def test_the_launcher_needs_a_number(argv: list[str], message: str, capsys) -> None:
+    assert launcher(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eval.launch: ") and message in error and error.count("\n") == 1
+
+
+def test_a_process_that_meets_a_mistake_alone_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """After a while, for the first process to speak of the same."""
+    waited = []
+    monkeypatch.setattr("eval.__main__.RANK", 1)
+    monkeypatch.setattr("eval.__main__.time.sleep", waited.append)
+    assert main(["drawbnech"]) == 2
+    assert capsys.readouterr().err.startswith("eval: process 1: unknown suite 'drawbnech'")
+    assert waited == [GRACE_S]
 
 
 def test_progress_counts_the_lines_of_all_processes(tmp_path) -> None:
@@ -175,3 +258,13 @@ def test_progress_counts_the_lines_of_all_processes(tmp_path) -> None:
     with (tmp_path / "manifest-1.jsonl").open("a") as file:
         file.write("}\n")
     assert counter.read() == 4
+
+
+def test_a_long_prompt_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("cascade")
+    for _ in range(2):
+        with said_once():
+            for prompt in ("an owl", "a jug", "an owl"):
+                log.warning("prompt %r is too long", prompt)
+    said = ["prompt 'an owl' is too long", "prompt 'a jug' is too long"]
+    assert caplog.messages == [*said, *said]
