@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cascade import random
 from cascade.checkpoint import write_json
@@ -221,8 +221,9 @@ class _Pictures:
         items = self._items[arm.model, arm.setting, prompt][: self.count]
         name = self.run.stage(arm.model, self.stage)
         drawn = [open_picture(self.run.path(item, name)) for item in items]
-        size = (self.px, self.px)  # one for all: a size of its own would tell a model
-        return [data_uri(image.resize(size, Image.Resampling.LANCZOS), self.px) for image in drawn]
+        size = (self.px, self.px)  # to be fitted into, also by smaller ones: their size would tell a model
+        fitted = [ImageOps.contain(image, size, Image.Resampling.LANCZOS) for image in drawn]
+        return [data_uri(image, self.px) for image in fitted]
 
     def _decoy(self, arm: Arm, trial: Trial) -> list[str]:
         if trial.kind == "mismatch":

@@ -98,7 +98,8 @@ def _compare(
         count, least = entry["count"], smallest_p(entry["count"])
         if least * len(categories) >= LEVEL:
             entry["note"] = (
-                f"{count} prompts give p = {least:.2g} at best, which corrected for {len(categories)} "
+                f"{f'{count} prompts give' if count > 1 else '1 prompt gives'} p = {least:.2g} at best, "
+                f"which corrected for {len(categories)} "
                 f"categories is {min(1.0, least * len(categories)):.2g}: alone they cannot be significant"
             )
     entry = _entry(overall, differences, p)

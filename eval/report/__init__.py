@@ -9,7 +9,7 @@ from typing import Any
 from cascade.config import read_mapping
 from cascade.errors import InputError
 from eval.pages import write_text
-from eval.report.page import render
+from eval.report.page import reach, render
 from eval.report.tables import to_csv, to_markdown
 from eval.run import Run
 
@@ -29,6 +29,7 @@ def write_report(run: Run, report: dict[str, Any], *, out: Path | None = None, p
             f"report {out}: expected a name that ends in .html, as in {out.with_suffix('.html')}"
         )
     report = json.loads(json.dumps(report, sort_keys=True))  # in the order of report.json, read or not
+    report["metrics"] = dict(sorted(report["metrics"].items(), key=lambda item: -reach(item[1])))
     path = run.folder / HTML if out is None else out
     tally = run.folder / TALLY
     people = read_mapping(tally) if tally.is_file() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.pages import environment
@@ -104,7 +104,10 @@ def headlines(report: dict[str, Any], settings: Sequence[str]) -> list[Headline]
     for setting in settings:
         for name, metric in report["metrics"].items():
             cells = {m: by[setting]["overall"] for m, by in metric["values"].items() if setting in by}
-            found.append(_headline(name, metric, setting, cells, "mean"))
+            headline = _headline(name, metric, setting, cells, "mean")
+            if (seen := reach(metric)) < (total := report["suite"]["prompts"]):
+                headline = replace(headline, better=f"{headline.better}; {seen} of {total} prompts")
+            found.append(headline)
         for name, measure in report["sets"].items():
             cells = {m: by[setting] for m, by in measure["values"].items() if setting in by}
             found.append(_headline(name, measure, setting, cells, "value"))
@@ -186,6 +189,12 @@ def _cell(row: dict[str, Any], key: str) -> tuple[str, str]:
     if isinstance(value, float):
         return estimate(value, row.get(f"{key}_low"), row.get(f"{key}_high"))
     return "" if value is None else str(value), ""
+
+
+def reach(metric: dict[str, Any]) -> int:
+    """How many prompts a metric has scores of; that of lettering skips all without words to show."""
+    counts = [cell["overall"]["count"] for by in metric["values"].values() for cell in by.values()]
+    return max(counts, default=0)
 
 
 def better(entry: dict[str, Any]) -> str:

@@ -73,5 +73,5 @@ def first(suite: Suite, count: int) -> Suite:
         taken[prompt.category] = taken.get(prompt.category, 0) + 1
         if taken[prompt.category] <= count:
             prompts.append(prompt)
-    note = f"only the first {count} prompts of each category"
+    note = f"only the first {f'{count} prompts' if count > 1 else 'prompt'} of each category"
     return make_suite(suite.name, suite.source, prompts, (*suite.warnings, note))

@@ -134,7 +134,12 @@ def make_report(run: Run) -> dict[str, Any]:
         for side in sides
     ]
     return {
-        "suite": {"name": run.suite.name, "source": run.suite.source, "sha256": run.suite.sha256},
+        "suite": {
+            "name": run.suite.name,
+            "source": run.suite.source,
+            "sha256": run.suite.sha256,
+            "prompts": len(run.suite.prompts),
+        },
         "models": {side: {"name": model.name} for side, model in run.models.items()},
         "settings": [{"id": setting} for setting in settings],
         "stage": "sr1024",

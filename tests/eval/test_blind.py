@@ -15,7 +15,7 @@ from PIL import Image
 from cascade.errors import InputError
 from eval.blind import HTML, KEY, read_key, write_blind
 from eval.run import Run
-from tests.eval.synthetic import NASTY, make_run
+from tests.eval.synthetic import NASTY, colour, make_run
 
 TEXTS = {"Colors": [f"a {c} apple" for c in ("red", "blue", "green")], "Odd ones": NASTY}
 
@@ -85,6 +85,18 @@ def test_the_page_does_not_tell_who_is_who(run: Run) -> None:
     images = [picture(uri) for trial in embedded(html)[1] for side in trial["sets"] for uri in side]
     assert {image.size for image in images} == {(64, 64)}
     assert all(set(image.info) <= {"loop", "background", "timestamp", "duration"} for image in images)
+
+
+def test_pictures_keep_their_shape(tmp_path: Path) -> None:
+    """And sets of different sizes are brought to one."""
+
+    def draw(model: str, prompt: int, k: int, px: int) -> Image.Image:
+        return colour(model, prompt, k, px).resize((px, px // 2) if k else (px // 2, px))
+
+    run = make_run(tmp_path, texts=TEXTS, stages={"base": 16}, elsewhere="B", draw=draw)  # B has 32 px
+    _, trials = embedded(write_blind(run, seed=5).read_text())
+    sizes = {tuple(picture(uri).size for uri in side) for trial in trials for side in trial["sets"]}
+    assert sizes == {((16, 32), (32, 16)), ((32, 32), (32, 32))}  # drawn, and noise
 
 
 def test_sides_and_order_are_a_function_of_the_seed(run: Run, tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ def test_the_blind_page_by_touch(browser: Any, tmp_path: Path) -> None:
     for target in page.locator("#trial button:visible, .options label").all():
         box = target.bounding_box()
         assert box["height"] >= 44 and box["width"] >= 44
+    shape = page.locator("#sets img").first.evaluate("image => getComputedStyle(image).objectFit")
+    assert shape == "contain"  # a picture that is no square is not stretched
     page.locator("#sets img").nth(1).tap()
     assert page.locator("#which").inner_text() == "Set 1, picture 2 of 2"
     page.locator("#following").tap()
