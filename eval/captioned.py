@@ -43,13 +43,13 @@ def read_records(folder: Path) -> list[Record]:
         try:
             row = json.loads(line)
             values = [row[key] for key in KEYS]
+            attributes = {k: v for k, v in row.items() if k not in KEYS and isinstance(v, str)}
         except (json.JSONDecodeError, KeyError, TypeError):
-            values = []
+            values, attributes = [], {}
         if not values or not all(isinstance(value, str) for value in values):
             raise InputError(f"{path}:{number}: expected a JSON object with texts file_name, text and split")
         file_name, text, split = values
-        others = {k: v for k, v in row.items() if k not in KEYS and isinstance(v, str)}
-        records.append(Record(folder / file_name, text, split, others))
+        records.append(Record(folder / file_name, text, split, attributes))
     return records
 
 

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = list(model.stages.values())
     for px in arguments.px or []:
         if px not in sizes:
-            raise unknown("size", px, sizes, where="--px")
+            raise unknown("size", px, map(str, sizes), where="--px")
     wanted = sorted(set(arguments.px or sizes))
     counts = dict(zip(wanted, arguments.count + arguments.count[-1:] * len(wanted), strict=False))
     identity = f"{model.sha256[:12]}-{model.device}-{model.dtype}"

@@ -13,6 +13,7 @@ from eval.extractors.vision import EfficientNetLite0
 
 FINAL = slice(0, 1280)  # of a row: pooled features of the last layer, those of distances
 HEADS = slice(0, 7129)  # of a row of `PooledLayers`: what heads read
+COLOURS = slice(6400, 7129)  # of these, how often each colour occurs
 PIXELS = slice(7129, 10201)  # of the same: the picture at PIXELS_PX, as shares of the range
 GRIDS = (0, 4, 4, 4, 2)  # places a side kept of the outputs at the five resolutions, beside their means
 COLOURS_PX, LEVELS = 112, 9  # where colours are counted, and levels a channel

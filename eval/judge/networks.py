@@ -2,7 +2,7 @@
 
 `Matcher` is a CLIP (arXiv:2103.00020) of its own kind: EfficientNet-Lite0 on the side of pictures, MiniLM's
 pooled states on that of captions, each with a small head. It has neither the picture network nor the seed of
-the CLIP that a model is conditioned on. `Classifier` names attributes of a picture.
+the CLIP that a model is conditioned on. `Classifier` names an attribute of a picture.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Training:
 
     seed: int = 6
     width: int = 512
-    epochs: int = 60
-    batch: int = 1024
+    epochs: int = 30
+    batch: int = 512
     lr: float = 1e-3
     weight_decay: float = 0.1
-    dropout: float = 0.5
-    noise: float = 0.3  # standard deviation of what is added to standardised features
+    dropout: float = 0.3
+    noise: float = 0.1  # standard deviation of what is added to standardised features
 
 
 class Head(nn.Module):
@@ -83,10 +83,12 @@ class Trainable(nn.Module, ABC):
     """A network with its own loss."""
 
     @abstractmethod
-    def standardise(self, pictures: Tensor, others: Tensor) -> None: ...
+    def standardise(self, pictures: Tensor, told: Tensor, /) -> None:
+        """By rows of pictures and what is told of them."""
 
     @abstractmethod
-    def loss(self, pictures: Tensor, others: Tensor) -> Tensor: ...
+    def loss(self, pictures: Tensor, told: Tensor, /) -> Tensor:
+        """Of a batch of both."""
 
 
 Network = TypeVar("Network", bound=Trainable)
@@ -114,28 +116,22 @@ class Matcher(Trainable):
 
 
 class Classifier(Trainable):
-    """One head whose outputs are the classes of all attributes, side by side."""
+    """Scores of an attribute's classes."""
 
-    def __init__(self, picture_size: int, classes: Mapping[str, Sequence[str]], config: Training) -> None:
+    def __init__(self, picture_size: int, classes: int, config: Training) -> None:
         super().__init__()
-        self.sizes = [len(values) for values in classes.values()]
-        self.head = Head(picture_size, sum(self.sizes), config)
+        self.head = Head(picture_size, classes, config)
 
     def standardise(self, pictures: Tensor, labels: Tensor) -> None:
         self.head.standardise(pictures)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        """N D to the scores N C of each attribute."""
-        return self.head(pictures).split(self.sizes, dim=1)
+    def forward(self, pictures: Tensor) -> Tensor:
+        """N D to N C."""
+        return self.head(pictures)
 
     def loss(self, pictures: Tensor, labels: Tensor) -> Tensor:
-        """labels: N A, IGNORED where a picture does not have the attribute."""
-        scores = self(pictures)
-        losses = [
-            F.cross_entropy(s, y, ignore_index=IGNORED, reduction="sum")
-            for s, y in zip(scores, labels.T, strict=True)
-        ]
-        return torch.stack(losses).sum() / len(pictures)
+        """labels: N integers."""
+        return F.cross_entropy(self(pictures), labels)
 
 
 # -- what they learn from -----------------------------------------------------------------------------------

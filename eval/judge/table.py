@@ -75,13 +75,13 @@ def _attributes(report: dict[str, Any]) -> str:
 
 
 def _neighbours(report: dict[str, Any]) -> str:
-    rows = []
+    rows, quantiles = [], []
     for space, sets in report["neighbours"].items():
         for name, r in sets.items():
             own = f"{r['own']['share']:.1%}" if "own" in r else ""
+            quantiles = [f"{float(q):.0%}" for q in r["quantiles"]]
             distances = [f"{value:.3f}" for value in r["quantiles"].values()]
             rows.append([space, name, *distances, f"{r['near']['share']:.1%}", own])
-    quantiles = [f"{float(q):.0%}" for q in next(iter(sets.values()))["quantiles"]]
     head = ["in", "pictures", *quantiles, "nearer than 99% of held-out real", "nearest is its own"]
     text = "Root mean square difference to the nearest training picture, quantiles:\n\n"
     return text + _table(head, rows)
