@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,88 @@ def slow_grid(seconds: float) -> None:
     StageTask.grid = grid  # type: ignore[method-assign]
 
 
-FAULTS = {f.__name__: f for f in (poison, crash, die, terminate, unreadable, slow_grid)}
+def slow_validation(seconds: float, rank: int) -> None:
+    """A validation that takes long on one rank, and says when it begins; and a state whose writing is not
+    done before there is a file `signalled`."""
+    from train import checkpoints
+    from train.validation import Validation
+
+    run, save = Validation.run, checkpoints.save_state
+
+    def slow(self: Validation, weights: Any) -> Any:
+        if self.accelerator.process_index == rank:
+            (self.task.out / "validating").touch()
+            time.sleep(seconds)
+        return run(self, weights)
+
+    def late(folder: Path, *arguments: Any) -> Path:
+        wait_until((folder / "signalled").exists)
+        time.sleep(0.3)
+        return save(folder, *arguments)
+
+    Validation.run = slow  # type: ignore[method-assign]
+    checkpoints.save_state = late
+
+
+def remember(step: int = 0, rank: int = 0, name: str = "SIGTERM") -> None:
+    """Write down which pictures each step is made of, known again by their pixels; and stop before a step."""
+    from train.loop import Run
+
+    if step:
+        terminate(step, rank, name)
+    original, known = Run._step, {}
+
+    def step_of(self: Run, batch: Any) -> Any:
+        make = self.task.make
+        if not known:
+            known.update({make.read(i, 0).pixels.numpy().tobytes(): i for i in make.pictures.train})
+        rows = ((batch["x"] + 1) * 127.5).round().byte()
+        record = {"images": self.counters.images, "rank": self.rank, "world": self.world}
+        record["ids"] = [known[row.contiguous().numpy().tobytes()] for row in rows]
+        with (self.task.out / f"seen-{self.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(record, default=int) + "\n")
+        return original(self, batch)
+
+    Run._step = step_of  # type: ignore[method-assign]
+
+
+def embed(shard: int) -> None:
+    """No fault: `python -m train.embed` instead of train, in shards of so many pictures."""
+    from train import __main__ as command
+    from train import embed as other
+    from train import encoded
+
+    encoded.SHARD = shard
+    command.main = other.main
+
+
+def bad_validation(rank: int) -> None:
+    """One that fails on a rank, while the others compute their part."""
+    from train.validation import Validation
+
+    original = Validation.run
+
+    def run(self: Validation, weights: Any) -> Any:
+        if self.accelerator.process_index == rank:
+            raise ArithmeticError("this rank fails")
+        return original(self, weights)
+
+    Validation.run = run  # type: ignore[method-assign]
+
+
+KNOWN = (
+    poison,
+    crash,
+    die,
+    terminate,
+    unreadable,
+    slow_grid,
+    slow_validation,
+    bad_validation,
+    remember,
+    embed,
+)
+FAULTS = {f.__name__: f for f in KNOWN}
 
 
 def child(request: dict[str, Any], rank: int) -> int:
@@ -181,7 +263,7 @@ def child(request: dict[str, Any], rank: int) -> int:
 
     # makes the thread pool that the fork lost: two threads that find it missing at once crash
     torch.set_num_threads(1)
-    command.MAIN, command.GRACE_S = rank == 0, 0.5
+    command.MAIN, command.GRACE_S = rank == 0, request.get("grace", 0.5)
     if fault := request.get("fault"):
         FAULTS[fault[0]](*fault[1:])
     return command.main(request["argv"])
@@ -225,13 +307,18 @@ def pretend() -> None:
     import torch
 
     import train.loop  # noqa: F401  # imported once, for all ranks to come
+    from cascade.text import load_text_encoder
     from tests.conftest import ToyEncoder
+
+    def load(reference: dict[str, Any], *places: Any, **settings: Any) -> Any:
+        real = partial(load_text_encoder, reference, *places, **settings)
+        return ToyEncoder() if reference["kind"] == "toy" else real()
 
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     for name, module in list(sys.modules.items()):
         if name.startswith(("train", "cascade.pipeline")) and hasattr(module, "load_text_encoder"):
-            module.load_text_encoder = lambda *_, **__: ToyEncoder()  # type: ignore[attr-defined]
+            module.load_text_encoder = load  # type: ignore[attr-defined]
         if name.startswith("train") and hasattr(module, "CACHED_PX"):
             module.CACHED_PX = 32  # type: ignore[attr-defined]
 
