@@ -69,7 +69,7 @@ def _evaluate(argv: list[str]) -> int:
     from eval.settings import make_settings
     from eval.suites import COCO_PX, first, load_suite
 
-    check(arguments.metrics)
+    check(arguments.metrics, arguments.allow_legacy_checkpoint)
     settings = make_settings(arguments.set, arguments.guidance, arguments.sweep, arguments.ablate)
     suite = load_suite(arguments.suite, arguments.list, count=arguments.count, seed=arguments.seed)
     if arguments.limit is not None:
@@ -179,7 +179,7 @@ def _measure(argv: list[str]) -> int:
     from eval.measure import check
     from eval.run import read_run
 
-    check(arguments.metrics)
+    check(arguments.metrics, arguments.allow_legacy_checkpoint)
     _conclude(read_run(arguments.run), arguments)
     return 0
 

@@ -17,6 +17,7 @@ import torch
 from cascade.checkpoint import read_index, resolve_source
 from cascade.config import to_dict
 from cascade.errors import InputError
+from cascade.pretrained.source import LEGACY, check_pickle
 from eval.cascade_measures import cascade_measures
 from eval.distances import FEW
 from eval.gauges import Spec, parse
@@ -30,9 +31,13 @@ REPORT = "report.json"
 DIGITS = 9  # of a figure; the rest is rounding
 
 
-def check(metrics: Sequence[str]) -> None:
-    """Raise InputError, one line, where a metric is not NAME or NAME=SOURCE (see `eval.gauges`)."""
-    parse(metrics)
+def check(metrics: Sequence[str], allow_legacy: bool = False) -> None:
+    """Raise InputError, one line, where a metric is not NAME or NAME=SOURCE (see `eval.gauges`), or where its
+    source is a pickle and these are not allowed: before hours of drawing."""
+    for _, source in parse(metrics):
+        for path in map(Path, source.split(",")):
+            if path.suffix in LEGACY and path.is_file():
+                check_pickle(path, allow_legacy)
 
 
 def measure(

@@ -186,11 +186,16 @@ def _read_legacy(path: Path, allow_legacy: bool, device: str) -> dict[str, Tenso
     converted = path.with_suffix(".safetensors")
     if converted.is_file():
         return _read_file(converted, allow_legacy, device)
-    if not allow_legacy:
-        raise InputError(f"{path} is a pickle: expected safetensors; to convert it give {ALLOW_LEGACY}")
+    check_pickle(path, allow_legacy)
     tensors = read_pickle(path)
     _keep(tensors, converted)
     return {name: t.to(device) for name, t in tensors.items()} if device != "cpu" else tensors
+
+
+def check_pickle(path: Path, allow_legacy: bool) -> None:
+    """Raises InputError for a pickle that was not converted yet, where that is not allowed."""
+    if not allow_legacy and not path.with_suffix(".safetensors").is_file():
+        raise InputError(f"{path} is a pickle: expected safetensors; to convert it give {ALLOW_LEGACY}")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

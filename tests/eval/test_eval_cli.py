@@ -81,6 +81,7 @@ def test_one_command_draws_measures_and_reports(
         (["skills", "--guidence", "base=1"], "unknown argument '--guidence'.*did you mean '--guidance'"),
         (["skills", "--per-prompt", "0"], "expected at least 1"),
         (["skills", "--metrics", "nope"], "nope"),
+        (["skills", "--metrics", "inception=PICKLE"], "is a pickle: .*--allow-legacy-checkpoint"),
         (["skills", "--model", "EMPTY"], "is not a model folder: expected model_index.json"),
         (["skills", "--model", "MIXED"], "expected pictures of one size"),
         (["prompts", "LIST", "--model", "MODEL", "--stop-at", "sr512"], "unknown stage 'sr512'"),
@@ -109,6 +110,8 @@ def test_a_mistake_is_one_line(
     for number, px in enumerate([8, 9] + [8] * 218):
         Image.new("RGB", (px, 8)).save(tmp_path / "MIXED" / f"{number}.png")
     (tmp_path / "USED" / "thesis.txt").write_text("keep")
+    (tmp_path / "weights.pth").touch()
+    places["inception=PICKLE"] = f"inception={tmp_path / 'weights.pth'}"
     argv = [places.get(word, word) for word in argv]
     if argv and argv[0] in ("skills", "emoji", "prompts") and "--out" not in argv:
         argv += ["--out", str(tmp_path / "run")]
