@@ -65,7 +65,7 @@ def save_clip(folder: Path) -> None:
 
 def recipe_of(public: Path, text: str, lora: bool, **parts: dict[str, Any]) -> dict[str, Any]:
     """`parts`: base, sr256 (keys of the stage) or prior (keys of its model), with the folder in `preset`."""
-    train: dict[str, Any] = {"images": 16, "batch": 8, "lr": 1e-3, "warmup_images": 8, "ema": 0.9}
+    train: dict[str, Any] = {"images": 8, "batch": 4, "lr": 1e-3, "warmup_images": 4, "ema": 0.9}
     train |= {"compile": False, "precision": "no", "workers": 0, "text_drop": 0.3}
     train |= {"lora": {"rank": RANK}} if lora else {}
     kind = dict(clean=True) if text.startswith("if") else dict(projection=True)
@@ -126,7 +126,7 @@ def test_deepfloyd(public: Path, tmp_path: Path, lora: bool) -> None:
     for name, source in (("base", "if-i"), ("sr256", "if-ii")):
         names = changed(model, name, public / source)
         assert names and (not lora or all(".attentions." in n or ".text.0.pool." in n for n in names))
-        assert (tmp_path / "run" / "out" / f"{name}-training" / "grid-0000000016.png").is_file()
+        assert (tmp_path / "run" / "out" / f"{name}-training" / "grid-0000000008.png").is_file()
     pipe = Cascade.from_pretrained(model, dtype=torch.float32)
     config = pipe.stages["base"].config
     assert config.diffusion.learned_variance and config.unet.out_channels == 6
@@ -192,7 +192,7 @@ def the_last_network_is_kept_to_the_bit(argv: list[str], public: Path, folder: P
     """In the component that training writes, after going on from a state too, and never without a source."""
     source = open_model(public / "karlo").parts["sr256"].read("cpu")
     kept = {n: t for n, t in source.items() if n.startswith(LAST)}
-    for more in ([], ["--stage", "sr256", "--set", "sr256.train.images=24"]):
+    for more in ([], ["--stage", "sr256", "--set", "sr256.train.images=12"]):
         if more:
             assert main([*argv, *more]) == 0
         found = load_file(folder / "run" / "out" / "sr256" / WEIGHTS)
