@@ -120,15 +120,23 @@ class Checkpoints:
             save_averages(self.folder, snapshot, state)
         self.task.save(component)
 
-    def join(self, *, needed: bool = False) -> None:
+    def join(self) -> None:
         """Wait for the state that is being written. One that could not be is told, and tried again at the
-        next save, unless it is `needed`: then InputError."""
+        next save."""
         try:
             self._writer.join()
         except InputError as error:
-            if needed:
-                raise
             self.console.print(str(error))
+
+    def finish(self) -> None:
+        """Wait for the last state, on every process: one that left would have its launcher end the others.
+        Raises InputError where it could not be written."""
+        error = None
+        try:
+            self._writer.join()
+        except InputError as caught:
+            error = caught
+        agree(self.accelerator, error)
 
 
 def record(recipe: Recipe, *folders: Path) -> None:

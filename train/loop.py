@@ -261,8 +261,7 @@ class Run:
         if not self.skips.suspect:  # else the last state stays the newest: this one may be past help
             component = self.checkpoints.save(self.counters, averages=due.get("average", False))
             if done or stopped:
-                self.checkpoints.join(needed=True)
-                self.accelerator.wait_for_everyone()  # launchers soon end all that one has left behind
+                self.checkpoints.finish()
             if not stopped:
                 with self.stop.at_once(), self.clock.paused():
                     self._show(due, component)

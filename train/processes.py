@@ -47,6 +47,8 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
     """The processes, device and precision of a stage. Raises InputError for settings that do not go
     together."""
     AcceleratorState._reset_state()  # a stage before may differ in precision; the process group stays
+    if not torch.accelerator.is_available() and PartialState._shared_state.get("distributed_type") in SHARDED:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU  # before it became that
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
         raise InputError(f"launch settings: fsdp_version {os.environ.get('FSDP_VERSION', 1)}: expected 2")
     plugin = zero.make_plugin(cfg, f"{stage}.train") if zero.wanted() else None

@@ -34,6 +34,8 @@ def make_plugin(cfg: TrainConfig, where: str) -> DeepSpeedPlugin:
     """ZeRO as the launch asks for it, with clipping and accumulation as the recipe does. Raises InputError
     for what would be another training."""
     env = os.environ
+    if "LOCAL_RANK" not in env:
+        raise InputError("launch settings: DeepSpeed: expected accelerate launch or torchrun, found neither")
     stage = int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     if stage not in STAGES:
         raise InputError(f"launch settings: zero_stage {stage}: expected 1 or 2, or train/launch/fsdp2.yaml")
@@ -73,6 +75,9 @@ def prepare(
     if cfg.precision in DTYPES:
         cast = torch.autocast(accelerator.device.type, DTYPES[cfg.precision])
         task.forward = convert_outputs_to_fp32(cast(task.forward))
+    for p in task.parameters():
+        if p.ndim == 0:  # the engine cannot broadcast it, but for this mark, nor needs to: all begin alike
+            vars(p)["ds_optim_param"] = False
     engine, prepared = accelerator.prepare(task, optimizer)
     prepared.optimizer.check_grad_overflow = True  # which it does for 16 bits alone
     return engine, prepared

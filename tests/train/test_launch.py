@@ -16,7 +16,11 @@ from accelerate.utils import DistributedType
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from cascade.errors import InputError
+from train import zero
 from train.launch import __main__ as launcher
+from train.processes import make_accelerator
+from train.recipe import TrainConfig
 from train.signals import REQUEUE, SIGNALS
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +41,16 @@ def test_the_configuration_files_are_accelerates(name: str, kind: DistributedTyp
     assert config.mixed_precision == "no"  # the recipe's counts
     if name == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
+    if name == "zero":
+        assert config.deepspeed_config["zero_stage"] in zero.STAGES
+        assert config.deepspeed_config.keys().isdisjoint({"gradient_accumulation_steps", "gradient_clipping"})
+
+
+def test_zero_wants_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(InputError, match="DeepSpeed: expected accelerate launch or torchrun"):
+        make_accelerator(TrainConfig(images=1, batch=1, lr=1.0), "base")
 
 
 @pytest.mark.slow

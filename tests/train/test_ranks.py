@@ -199,6 +199,18 @@ def test_zero_skips_what_is_not_finite_and_goes_on_to_the_bit(
     assert counts and all(count == 4 for count in counts)
 
 
+@pytest.mark.skipif(not DEEPSPEED, reason="needs deepspeed")
+def test_zero_casts_as_ddp_does(ranks: Ranks, recipe20: Path, tmp_path: Path) -> None:
+    for name, env, precision in (("zero", ZERO, "bf16"), ("ddp", {}, "bf16"), ("plain", {}, "'no'")):
+        settings = ("images=8", f"precision={precision}")
+        result = ranks.run(2, argv(recipe20, tmp_path / name, "clip", *settings), env=env)
+        assert result.status == [0, 0], result.err
+    cast, expected, plain = (losses(tmp_path / name, "clip") for name in ("zero", "ddp", "plain"))
+    assert cast == expected != plain
+    weights = state(tmp_path / "zero", "clip", 8)
+    assert all(x.dtype == torch.float32 for x in weights.values())
+
+
 # -- stops and faults ----------------------------------------------------------------------------------------
 
 
