@@ -115,10 +115,13 @@ def resumed(recipe_file: Path, trained: Path, out: Path, stage: str, *settings: 
 
 
 HARDER = ("base.stage.unet.dropout=0.2", "base.train.workers=1", "base.train.ema_sigma_rel=[0.1]")
+GUESS = ("base.stage.unet.position_grid=16", "base.stage.unet.guess_width=8", "base.train.guess_batch=16")
 
 
 @pytest.mark.parametrize(
-    ("stage", "settings"), [*((stage, ()) for stage in ORDER), ("base", HARDER)], ids=[*ORDER, "harder"]
+    ("stage", "settings"),
+    [*((stage, ()) for stage in ORDER), ("base", HARDER), ("base", (*HARDER, *GUESS))],
+    ids=[*ORDER, "harder", "guess"],
 )
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     recipe_file: Path,
