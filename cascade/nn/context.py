@@ -37,6 +37,14 @@ class Context:
         names = ("vector", "mask", "lowres", "inpaint", "guess")
         return Context(kv=kv, **{name: _cat([getattr(p, name) for p in padded]) for name in names})
 
+    def aligned(self, multiple: int) -> Context:
+        """The same with masked tokens added up to a multiple of their number."""
+        if not self.kv:
+            return self
+        rows, length = self.kv[0].shape[:2]
+        mask = self.mask if self.mask is not None else self.kv[0].new_ones(rows, length, dtype=torch.bool)
+        return replace(self, mask=mask)._pad(length + -length % multiple)
+
     def _pad(self, length: int) -> Context:
         if self.mask is None or self.mask.shape[1] == length:
             return self

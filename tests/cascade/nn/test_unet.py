@@ -151,6 +151,16 @@ def test_concatenated_contexts_give_what_each_gives_alone(net: UNet) -> None:
     assert changed(both[:3], both[3:])
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_tokens_added_to_a_multiple_do_not_matter(masked: bool) -> None:
+    net = network(text_masked=masked, learned_null=masked)
+    context = net.prepare(conditions(2), 2)
+    aligned = context.aligned(8)
+    assert {kv.shape[1] for kv in context.kv} == {9} and {kv.shape[1] for kv in aligned.kv} == {16}
+    torch.testing.assert_close(net(*inputs(2), aligned), net(*inputs(2), context))
+    assert aligned.aligned(8).kv[0] is aligned.kv[0]
+
+
 def test_a_row_does_not_depend_on_its_batch(net: UNet) -> None:
     """Keep flags act row by row, and no layer looks across rows."""
     x, time = inputs(4)
