@@ -30,7 +30,7 @@ from cascade.pretrained.unet_tensors import skeleton
 from cascade.text import load_text_encoder
 from prior.clip import CLIP, ClipConfig
 from prior.diffusion import DiffusionPrior, PriorConfig
-from prior.pretrained_clip import OpenCLIP
+from prior.pretrained_clip import OpenCLIP, OpenClipConfig
 from train.data import PictureSet
 from train.encoded import ImageStore
 from train.recipe import Recipe
@@ -152,7 +152,20 @@ def clip_store(recipe: Recipe, out: Path, pictures: PictureSet) -> ImageStore:
     about = to_dict(clip.config)
     if isinstance(clip, CLIP):
         about = {"config": about, "sha256": sha256(out / "clip" / WEIGHTS)}
+    elif files := local_files(clip.config):
+        about["sha256"] = {path.name: sha256(path) for path in files}
     return ImageStore(pictures, clip, about)
+
+
+def local_files(config: OpenClipConfig) -> list[Path]:
+    """The files of an open_clip model on this machine, which may change; none of one that has a tag."""
+    if config.model.startswith("local-dir:"):
+        folder = Path(config.model.removeprefix("local-dir:"))
+        return [
+            path for path in sorted(folder.glob("*.*")) if path.suffix in (".json", ".safetensors", ".bin")
+        ]
+    weights = Path(config.pretrained or "")
+    return [weights] if weights.is_file() else []
 
 
 def assemble(recipe: Recipe, out: Path) -> Path:
