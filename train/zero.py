@@ -22,7 +22,6 @@ from train.recipe import TrainConfig
 
 STAGES = (1, 2)
 BUCKET = 50_000_000  # gradients that travel together: 200 MB, of DeepSpeed's 2 GB
-DTYPES = {"bf16": torch.bfloat16}
 STEP = "step"  # AdamW's count, one for all weights
 
 
@@ -72,8 +71,8 @@ def prepare(
     plugin = accelerator.deepspeed_plugin
     assert plugin is not None
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = share
-    if cfg.precision in DTYPES:
-        cast = torch.autocast(accelerator.device.type, DTYPES[cfg.precision])
+    if cfg.precision == "bf16":
+        cast = torch.autocast(accelerator.device.type, torch.bfloat16)
         task.forward = convert_outputs_to_fp32(cast(task.forward))
     for p in task.parameters():
         if p.ndim == 0:  # the engine cannot broadcast it, but for this mark, nor needs to: all begin alike
