@@ -62,9 +62,9 @@ class CodeNet(nn.Module):
             width, config.text_dim, config.text_sequence, config.text_length, config.embed_dim
         )
         self.dot = nn.Embedding(config.buckets, width)
-        self.null_dot = nn.Parameter(torch.randn(width) * 0.02)
+        self.null_dot = nn.Parameter(torch.randn(width).mul_(0.02))
         self.code = nn.Embedding(config.buckets, width)  # shared: the position says which component it is
-        self.positions = nn.Parameter(torch.randn(config.codes, width) * 0.02)  # dot, code 1 .. code K-1
+        self.positions = nn.Parameter(torch.randn(config.codes, width).mul_(0.02))  # dot, code 1 .. code K-1
         self.transformer = Transformer(width, config.layers, config.heads, config.dropout)
         self.dot_head = nn.Linear(width, config.buckets)
         self.code_head = nn.Linear(width, config.buckets)

@@ -57,7 +57,7 @@ class TextHead(nn.Module):
         self.sequence = config.text_sequence
         self.norm = nn.LayerNorm(config.text_dim)
         self.input = nn.Linear(config.text_dim, config.text_width)
-        self.class_token = nn.Parameter(torch.randn(config.text_width) * 0.02)
+        self.class_token = nn.Parameter(torch.randn(config.text_width).mul_(0.02))
         self.transformer = Transformer(config.text_width, config.text_layers, config.text_heads)
         self.output = nn.Linear(config.text_width, config.embed_dim, bias=False)
 
@@ -197,7 +197,7 @@ def _vision_parameters(config: ClipConfig) -> nn.Module:
             biases[f"{block}.{name}bias"] = shape[0]
     root = nn.Module()
     for name, (shape, std) in normals.items():
-        _register(root, name, torch.randn(shape) * std)
+        _register(root, name, torch.randn(shape).mul_(std))
     for name, size in biases.items():
         _register(root, name, torch.zeros(size))
     for name in norms:

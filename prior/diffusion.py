@@ -95,8 +95,8 @@ class PriorNet(nn.Module):
         )
         self.time = LevelEmbedding(width, width, "silu")
         self.input = nn.Linear(config.embed_dim, width)
-        self.query = nn.Parameter(torch.randn(width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(3, width) * 0.02)  # of time, embedding and query
+        self.query = nn.Parameter(torch.randn(width).mul_(0.02))
+        self.positions = nn.Parameter(torch.randn(3, width).mul_(0.02))  # of time, embedding and query
         self.transformer = Transformer(width, config.layers, config.heads, config.dropout)
         self.output = nn.Linear(width, config.embed_dim)
         nn.init.zeros_(self.output.weight)  # the first prediction is the mean

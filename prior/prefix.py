@@ -62,10 +62,10 @@ class TextPrefix(nn.Module):
         self.norm = nn.LayerNorm(text_dim) if text_norm else nn.Identity()
         self.tokens = nn.Linear(text_dim, width)
         self.pooled = nn.Linear(embed_dim, width)
-        self.positions = nn.Parameter(torch.randn(text_length + 1, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(text_length + 1, width).mul_(0.02))
         if learned_null:
-            self.null_token = nn.Parameter(torch.randn(width) * 0.02)
-            self.null_pooled = nn.Parameter(torch.randn(width) * 0.02)
+            self.null_token = nn.Parameter(torch.randn(width).mul_(0.02))
+            self.null_pooled = nn.Parameter(torch.randn(width).mul_(0.02))
 
     def forward(self, text: TextEmbedding, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """keep: B bool, False where the text is dropped. Returns the positions, B L+1 width, and their

@@ -112,7 +112,6 @@ class AttentionPool(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        # in place: on the meta device a plain quotient makes torch import its compiler, which takes a second
         self.position = nn.Parameter(torch.randn(1, dim).div_(dim**0.5))
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)

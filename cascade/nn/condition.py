@@ -39,7 +39,9 @@ class TextInput(nn.Module):
             self.pool_out_norm = nn.LayerNorm(emb_dim) if attention else nn.Identity()
         self.learned_null = cfg.learned_null
         if cfg.learned_null:
-            self.null_token = nn.Parameter(torch.randn(context) * 0.02, requires_grad=attends_to_tokens(cfg))
+            self.null_token = nn.Parameter(
+                torch.randn(context).mul_(0.02), requires_grad=attends_to_tokens(cfg)
+            )
             if self.pool is not None:
                 self.null_pooled = nn.Parameter(torch.zeros(emb_dim))
 

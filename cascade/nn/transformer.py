@@ -17,8 +17,8 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.length = cfg.length
         self.embedding = nn.Embedding(cfg.vocab, cfg.width)
-        self.position = nn.Parameter(torch.randn(cfg.length, cfg.width) * 0.01)
-        self.padding = nn.Parameter(torch.randn(cfg.length, cfg.width) * 0.01)
+        self.position = nn.Parameter(torch.randn(cfg.length, cfg.width).mul_(0.01))
+        self.padding = nn.Parameter(torch.randn(cfg.length, cfg.width).mul_(0.01))
         norm = nn.LayerNorm(cfg.width)
         self.blocks = nn.TransformerEncoder(_block(cfg), 0, norm, enable_nested_tensor=False)
         # not as copies of one: they share no initial weights

@@ -139,3 +139,12 @@ def test_importing_does_no_work() -> None:
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_a_model_is_loaded_without_the_compiler() -> None:
+    """On the meta device a plain product makes torch import its compiler, for a second: initial values are
+    scaled in place."""
+    load = "import sys; from cascade import Cascade; Cascade.from_pretrained()"
+    command = [sys.executable, "-c", f"{load}; print('torch._dynamo' in sys.modules)"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False"]
