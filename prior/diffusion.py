@@ -33,6 +33,8 @@ from prior.base import (
     negative_rows,
     pick_best,
 )
+from prior.clip import select_tokens
+from prior.guess import Guess
 from prior.prefix import Prefix, TextPrefix, causal_mask
 from prior.statistics import Standardizer
 from prior.transformer import Transformer
@@ -56,6 +58,7 @@ class PriorConfig:
         True  # image embeddings are of unit norm; False: as CLIP's projection emits them (Karlo)
     )
     dropout: float = 0.0
+    guess_width: int = 0  # of the network that guesses x_0 from the text alone; 0: no guess is made
     prediction: Prediction = "x0"  # better than eps (unCLIP 2.2)
     schedule: ScheduleConfig = ScheduleConfig()
     sampler: SamplerName = "dpmpp_2m"
@@ -71,6 +74,10 @@ class PriorConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.prediction == "edm":
             raise ValueError("prediction 'edm' is for pictures: expected x0, v or eps")
+        if self.guess_width < 0:
+            raise ValueError(f"guess_width {self.guess_width}: expected an integer of at least 0")
+        if self.guess_width and self.prediction != "x0":
+            raise ValueError(f"guess_width with prediction {self.prediction!r}: expected x0, which it is of")
 
     @property
     def diffusion(self) -> DiffusionConfig:
@@ -101,20 +108,35 @@ class PriorNet(nn.Module):
         self.output = nn.Linear(width, config.embed_dim)
         nn.init.zeros_(self.output.weight)  # the first prediction is the mean
         nn.init.zeros_(self.output.bias)
+        self.guess = None
+        if config.guess_width:
+            self.guess = Guess(config.text_dim, config.guess_width, config.embed_dim)
+            self.guess_input = nn.Linear(config.embed_dim, width)
 
     def prepare(self, text: TextEmbedding, keep: Tensor | None = None) -> Prefix:
         """K and V of the text, B rows. keep: B bool, False where the learned null stands for the text."""
         x, visible = self.prefix(text, keep)
         _, past = self.transformer(x, causal_mask(visible, x.shape[1]))
-        return Prefix(past, visible)
+        return Prefix(past, visible, self._guess(text, keep))
+
+    def _guess(self, text: TextEmbedding, keep: Tensor | None) -> Tensor | None:
+        """B D; of a dropped text the mean embedding, 0. It learns from its own error alone."""
+        if self.guess is None:
+            return None
+        states, mask, _ = self.prefix.check(text)
+        guess = self.guess(states, mask).detach()
+        return guess if keep is None else guess * keep[:, None]
 
     def forward(self, x: Tensor, time: Tensor, prefix: Prefix) -> Tensor:
         """x: B D, noised and standardised. time: B in [0, 1000]. Returns the prediction, B D."""
         query = self.query.to(x.dtype).expand(len(x), -1)
+        if prefix.guess is not None:
+            query = query + self.guess_input(prefix.guess)
         tokens = torch.stack([self.time(time), self.input(x), query], dim=1) + self.positions  # B 3 width
         visible = F.pad(prefix.mask, (0, 3), value=True)  # B P+3
         states, _ = self.transformer(tokens, causal_mask(visible, 3), prefix.past)
-        return self.output(states[:, -1])
+        answer = self.output(states[:, -1])
+        return answer if prefix.guess is None else answer + prefix.guess  # of a guess it learns the error
 
 
 class DiffusionPrior(nn.Module):
@@ -157,6 +179,14 @@ class DiffusionPrior(nn.Module):
         logsnr = self.schedule.logsnr(t.double()).to(noise.device)
         prefix = self.net.prepare(text, keep)
         return diffusion_loss(self.denoiser, self.statistics(image_embed), prefix, logsnr, noise)
+
+    def guess_loss(self, image_embed: Tensor, text: TextEmbedding) -> Tensor:
+        """Squared error of the guess, one number. image_embed: B D as CLIP emits it. Of the text it takes the
+        tokens alone, or their mean as the one token."""
+        assert self.net.guess is not None
+        tokens = select_tokens(text, self.config.text_sequence, self.config.text_dim, "prior")
+        guess = self.net.guess(tokens.states, tokens.mask)
+        return (guess.float() - self.statistics(image_embed)).square().mean()
 
     def forward(
         self, image_embed: Tensor, text: TextEmbedding, keep: Tensor | None, t: Tensor, noise: Tensor

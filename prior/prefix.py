@@ -24,18 +24,21 @@ class Prefix:
 
     past: list[KeyValue]  # one a layer, each B H P D
     mask: Tensor  # B P bool, True at positions that later ones may see
+    guess: Tensor | None = None  # B D, of the standardised image embedding
 
     def repeat(self, times: int) -> Prefix:
         """Each row `times` times in a row (a a b b)."""
         past = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.past]
-        return Prefix(past, self.mask.repeat_interleave(times, 0))
+        guess = None if self.guess is None else self.guess.repeat_interleave(times, 0)
+        return Prefix(past, self.mask.repeat_interleave(times, 0), guess)
 
     @staticmethod
     def cat(parts: list[Prefix]) -> Prefix:
         """Concatenate along the batch."""
         layers = zip(*(part.past for part in parts), strict=True)
         past = [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers]
-        return Prefix(past, torch.cat([part.mask for part in parts]))
+        guesses = [part.guess for part in parts if part.guess is not None]
+        return Prefix(past, torch.cat([part.mask for part in parts]), torch.cat(guesses) if guesses else None)
 
 
 class TextPrefix(nn.Module):

@@ -89,12 +89,18 @@ class Maker(ABC):
 
     def complete(self, batch: Batch, device: torch.device | str = "cpu") -> Batch:
         """The batch on the device as networks take it, texts padded and all encoded."""
-        moved = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+        rest = {name: x for name, x in batch.items() if not name.startswith(GUESS)}
+        guess = {GUESS + name: x for name, x in self.complete_part(guess_part(batch), device).items()}
+        return self.complete_part(rest, device) | guess
+
+    def complete_part(self, part: Batch, device: torch.device | str) -> Batch:
+        """The same of the samples of the step, or of those for its guess."""
+        moved = {name: x.to(device, non_blocking=True) for name, x in part.items()}
         done = {name: x for name, x in moved.items() if not name.startswith(RAW)}
         if "tokens0" in moved:
             done |= text_batch(padded(moved))
-        if "captions" in batch:
-            done |= text_batch(self.text.to(device)(unpacked(batch["captions"])).to(device))
+        if "captions" in part:
+            done |= text_batch(self.text.to(device)(unpacked(part["captions"])).to(device))
         if "views" in moved:
             assert self.images is not None
             done["image_embed"] = self.images.to(device).encode(moved["views"])
@@ -156,6 +162,21 @@ class Maker(ABC):
             kept["keep_text"] = torch.stack([first, *others], dim=1) >= self.train.text_drop
         return kept
 
+    def for_guess(self, positions: list[int]) -> Batch:
+        """What a step's guess of x_0 learns from: `guess_batch` samples over all processes, in the same order
+        as the others, through which they run faster. Of a caption a guess takes the mean token, so that is
+        all it gets: a fraction of the bytes."""
+        share = self.train.guess_batch // self.train.batch
+        if not share:
+            return {}
+        places = [p * share + k for p in positions for k in range(share)]
+        seeds = [random.key(self._seed, "guess", p) for p in places]
+        return {GUESS + name: x for name, x in self.guessed(self.read_at(places), seeds).items()}
+
+    def guessed(self, samples: list[Sample], seeds: list[int]) -> Batch:
+        """x_0 and conditions of samples, in a stage that makes a guess."""
+        return {}
+
     def times(self, positions: list[int], seeds: list[int]) -> Tensor:
         """Times stratified over the global batch, (i + u) / B, float64: less variance of the loss."""
         stratum = torch.tensor([p % self.train.batch for p in positions], dtype=torch.float64)
@@ -200,7 +221,11 @@ class PriorMaker(Maker):
             "t": self.times(positions, seeds),
             **self.captions(samples, seeds),
             **self.keep(seeds),
+            **self.for_guess(positions),
         }
+
+    def guessed(self, samples: list[Sample], seeds: list[int]) -> Batch:
+        return self.embeds(samples) | self.captions(samples, seeds, means=True)
 
 
 class StageMaker(Maker):
@@ -230,19 +255,15 @@ class StageMaker(Maker):
             batch["lowres"] = corrupt_training(lowres, augment, seeds, self.stage)
             batch["aug_level"] = (random.uniform(seeds, "aug")[:, 0] * augment.max_level).float()
             batch["aug_noise"] = random.normal(shape, seeds, "aug_noise")
-        return batch | self._for_guess(positions)
+        return batch | self.for_guess(positions)
 
-    def complete(self, batch: Batch, device: torch.device | str = "cpu") -> Batch:
-        parts = {GUESS: guess_part(batch), "": {k: x for k, x in batch.items() if not k.startswith(GUESS)}}
-        done: Batch = {}
-        for prefix, part in parts.items():
-            part = super().complete(part, device)
-            if (noise := part.pop("embed_noise", None)) is not None:
-                embed = part["image_embed"]  # B D
-                scale = self.train.image_noise * embed.shape[1] ** -0.5  # unit vectors vary by D^-1/2
-                part["image_embed"] = embed + scale * noise.to(embed)
-            done |= {prefix + name: x for name, x in part.items()}
-        return done
+    def complete_part(self, part: Batch, device: torch.device | str) -> Batch:
+        part = super().complete_part(part, device)
+        if (noise := part.pop("embed_noise", None)) is not None:
+            embed = part["image_embed"]  # B D
+            scale = self.train.image_noise * embed.shape[1] ** -0.5  # unit vectors vary by D^-1/2
+            part["image_embed"] = embed + scale * noise.to(embed)
+        return part
 
     def _conditions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
         batch = self.captions(samples, seeds, means) if self.cfg.unet.text_dims else {}
@@ -251,18 +272,8 @@ class StageMaker(Maker):
             batch["embed_noise"] = random.normal((self.cfg.unet.image_embed_dim,), seeds, "embed_noise")
         return batch
 
-    def _for_guess(self, positions: list[int]) -> Batch:
-        """Pictures and their conditions from which a step's guess of x_0 learns: `guess_batch` over all
-        processes, in the same order of samples, through which they run faster. Of a caption a guess takes the
-        mean token, so that is all it gets: a fraction of the bytes."""
-        share = self.train.guess_batch // self.train.batch
-        if not share:
-            return {}
-        places = [p * share + k for p in positions for k in range(share)]
-        seeds = [random.key(self._seed, "guess", p) for p in places]
-        samples = self.read_at(places)
-        batch = {"x": whole(samples), **self._conditions(samples, seeds, means=True)}
-        return {GUESS + name: x for name, x in batch.items()}
+    def guessed(self, samples: list[Sample], seeds: list[int]) -> Batch:
+        return {"x": whole(samples), **self._conditions(samples, seeds, means=True)}
 
     def _pictures(self, samples: list[Sample], seeds: list[int]) -> Tensor:
         """B 3 H W in [-1, 1]: whole pictures, or a crop of each."""

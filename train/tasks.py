@@ -37,7 +37,7 @@ from train.data import open_pictures
 from train.encoded import TextStore
 from train.grids import prompt_sheet, upsampling_sheet
 from train.lora import adapter_tensors, base_tensors, inject
-from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe
+from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe, TrainConfig
 
 PRIOR_SAMPLING = ("sampler", "steps", "eta", "guidance", "best_of", "clamp")  # keys of PriorConfig
 
@@ -123,6 +123,7 @@ class ClipTask(Task):
         assert isinstance(part, ClipRecipe)
         self.cfg = part.model
         check_width("clip.model.text_dim", self.cfg.text_dim, self.text.dims, self.cfg.text_sequence)
+        check_guess("clip", 0, self.settings)
         self.network = CLIP(self.cfg)
         self.network.build_vision()
         self.make = ClipMaker(recipe, self.pictures, self.text)
@@ -184,6 +185,7 @@ class PriorTask(Task):
         if cfg.text_length < self.text.max_length:
             expected = f"at least the text encoder's {self.text.max_length} tokens"
             raise InputError(f"prior.model.text_length {cfg.text_length}: expected {expected}")
+        check_guess("prior", cfg.guess_width, self.settings)
         self.clip, self.prediction = load_clip(recipe, out), cfg.prediction
         images = open_images(recipe, out, self.pictures)
         self.network = DiffusionPrior(cfg)
@@ -212,7 +214,18 @@ class PriorTask(Task):
             text = type(text)(text.sequences, self.clip.encode_text(text))
         keep = batch.get("keep_text")
         keep = None if keep is None else keep[:, 0]  # tokens and CLIP embedding go together (unCLIP 2.2)
-        return self.network(batch["image_embed"], text, keep, batch["t"], batch["noise"])
+        losses = self.network(batch["image_embed"], text, keep, batch["t"], batch["noise"])
+        if not (part := guess_part(batch)):
+            return losses
+        assert isinstance(self.network, DiffusionPrior)
+        means = text_of(part)
+        assert means is not None
+        return with_gradient(losses, self.network.guess_loss(part["image_embed"], means))
+
+
+def with_gradient(losses: Tensor, guessed: Tensor) -> Tensor:
+    """The losses, which stay those of diffusion, with the gradient of the guess's beside theirs."""
+    return losses + (guessed - guessed.detach())
 
 
 class StageTask(Task):
@@ -225,10 +238,7 @@ class StageTask(Task):
         if dims and dims != self.text.dims:
             found, expected = list(dims), list(self.text.dims)
             raise InputError(f"{name}.stage.unet.text_dims {found}: expected the text encoder's {expected}")
-        if bool(self.cfg.unet.guess_width) != bool(self.settings.guess_batch):
-            found = f"{name}.train.guess_batch {self.settings.guess_batch}"
-            expected = "0" if self.settings.guess_batch else f"a multiple of batch, {self.settings.batch}"
-            raise InputError(f"{found}: expected {expected}, for guess_width {self.cfg.unet.guess_width}")
+        check_guess(name, self.cfg.unet.guess_width, self.settings)
         self.last_unet = self.cfg.last_unet
         if self.last_unet is not None and self.settings.init_from is None:
             expected = f"{name}.train.init_from, a model whose network it takes over as it is"
@@ -264,8 +274,7 @@ class StageTask(Task):
         losses = weight * diffusion_loss(self.stage.denoiser, x, cond, logsnr, batch["noise"])
         if not (part := guess_part(batch)):
             return losses
-        guessed = self._guess_loss(part)
-        return losses + (guessed - guessed.detach())  # its gradient; what is reported stays diffusion's loss
+        return with_gradient(losses, self._guess_loss(part))
 
     def _guess_loss(self, batch: Batch) -> Tensor:
         """Squared error of the guess of x_0, one number."""
@@ -296,6 +305,14 @@ def make_task(recipe: Recipe, out: Path, name: str) -> Task:
         task = StageTask(recipe, out, name)
     task.start()
     return task
+
+
+def check_guess(name: str, width: int, settings: TrainConfig) -> None:
+    """Refuse a guess that would not learn, and pictures that none would learn from."""
+    if bool(width) != bool(settings.guess_batch):
+        expected = "0" if settings.guess_batch else f"a multiple of batch, {settings.batch}"
+        found = f"{name}.train.guess_batch {settings.guess_batch}"
+        raise InputError(f"{found}: expected {expected}, for guess_width {width}")
 
 
 def check_width(key: str, width: int, dims: tuple[int, ...], sequence: int) -> None:

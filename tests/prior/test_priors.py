@@ -244,14 +244,15 @@ def test_dot_product_token_is_drawn_from_its_top_half():
 # -- learning ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "guess"])
 def test_learns_a_conditional_gaussian(kind):
     """Two prompts, each with a Gaussian cloud of embeddings: samples have the mean and the spread of the
     cloud of their own prompt."""
     torch.manual_seed(0)
     sizes = {**SIZES, "best_of": 1}
-    if kind == "diffusion":
-        prior, steps, rate = DiffusionPrior(PriorConfig(**sizes)), 600, 4e-3
+    if kind != "autoregressive":
+        width = 16 if kind == "guess" else 0
+        prior, steps, rate = DiffusionPrior(PriorConfig(**sizes, guess_width=width)), 600, 4e-3
     else:
         config = AutoregressiveConfig(**sizes, codes=EMBED, buckets=16, dot_quantile=0.0)
         prior, steps, rate = AutoregressivePrior(config), 300, 1e-2
@@ -266,6 +267,8 @@ def test_learns_a_conditional_gaussian(kind):
         rows = torch.randint(0, len(data), (96,))
         keep, t = torch.rand(96) < 0.9, torch.rand(96, dtype=torch.float64)
         mean_loss = prior(data[rows], text[which[rows]], keep, t, torch.randn(96, EMBED)).mean()
+        if kind == "guess":
+            mean_loss = mean_loss + prior.guess_loss(data[rows], text[which[rows]])
         optimizer.zero_grad()
         mean_loss.backward()
         optimizer.step()
@@ -351,3 +354,54 @@ def test_configs_refuse_what_cannot_be_built():
     ]:
         with pytest.raises(ValueError, match=words):
             config()
+
+
+# -- the guess -----------------------------------------------------------------------------------------------
+
+
+def test_a_guess_depends_on_its_own_text_and_a_dropped_one_is_the_mean():
+    prior, text = build("diffusion", guess_width=16), make_text(3)
+    whole = prior.net.prepare(text).guess
+    for row in range(3):
+        torch.testing.assert_close(prior.net.prepare(text[[row]]).guess[0], whole[row])
+    torch.testing.assert_close(prior.net.prepare(change(text, 5)).guess, whole)  # padding
+    assert not torch.allclose(prior.net.prepare(change(text, 1)).guess, whole)
+    keep = torch.tensor([True, False, True])
+    dropped = prior.net.prepare(text, keep).guess
+    assert torch.equal(dropped[1], torch.zeros(EMBED)) and torch.equal(dropped[keep], whole[keep])
+
+
+def test_an_untrained_prior_draws_its_guess():
+    prior, text = DiffusionPrior(PriorConfig(**SIZES, guess_width=16)), make_text(4)
+    prior.fit_statistics(unit(64))
+    randomise(prior.net.guess)
+    guess = F.normalize(prior.statistics.inverse(prior.net.prepare(text).guess.clamp(-10, 10)), dim=-1)
+    torch.testing.assert_close(prior.sample(text, steps=4), guess)
+
+
+def test_a_guess_learns_from_its_own_error_alone():
+    prior, text = build("diffusion", guess_width=16), make_text(LOSS_ROWS)
+    loss(prior, text).sum().backward()
+    assert all(p.grad is None for p in prior.net.guess.parameters())
+    assert prior.net.guess_input.weight.grad.abs().max() > 0
+    mean = Tokens(*mean_token(text.sequences[0]))
+    target = unit(LOSS_ROWS, 5)
+    whole = prior.guess_loss(target, text)
+    torch.testing.assert_close(prior.guess_loss(target, TextEmbedding((mean,))), whole)
+    expected = (prior.net.prepare(text).guess - prior.statistics(target)).square().mean()
+    torch.testing.assert_close(whole, expected)
+    whole.backward()
+    assert all(p.grad.abs().max() > 0 for p in prior.net.guess.parameters())
+
+
+def mean_token(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    mask = tokens.mask[..., None]
+    mean = (tokens.states * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    return mean, torch.ones(len(mean), 1, dtype=torch.bool)
+
+
+def test_a_guess_is_of_x0_alone():
+    with pytest.raises(ValueError, match="guess_width with prediction 'v': expected x0"):
+        PriorConfig(**SIZES, guess_width=16, prediction="v")
+    with pytest.raises(ValueError, match="guess_width -1: expected an integer of at least 0"):
+        PriorConfig(**SIZES, guess_width=-1)

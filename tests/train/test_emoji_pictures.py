@@ -47,9 +47,7 @@ def test_phrases_say_what_a_record_says_in_other_words() -> None:
     said = phrases(car)
     assert len(said) == COUNT and said == phrases(car)
     words = {word for phrase in said for word in phrase.removesuffix(", noto style").split()}
-    assert (
-        {"automobile", "car"} < words <= {"a", "an", "the", "automobile", "car"}
-    )
+    assert {"automobile", "car"} < words <= {"a", "an", "the", "automobile", "car"}
     assert sum(phrase.endswith(", noto style") for phrase in said) == 3
     label = "man health worker: dark skin tone"
     said = phrases({"label": label, "tags": ["doctor"], "style": "fluent", "gender": "man"})

@@ -15,6 +15,7 @@ from cascade.augment import condition_lowres, residual_base, residual_variance
 from cascade.checkpoint import load_component
 from cascade.errors import InputError
 from cascade.text.pair import PairEncoder
+from prior import DiffusionPrior
 from tests.conftest import EMBED, ToyEncoder
 from train.batches import guess_part
 from train.components import assemble, load_clip, open_images
@@ -236,6 +237,24 @@ def test_a_guess_nears_its_pictures(tiny: Tiny, trained: Path) -> None:
         errors[-1].backward()
         optimizer.step()
     assert errors[-1] < 0.3 * errors[0]
+
+
+def test_a_prior_learns_its_guess_from_embeddings_of_its_own(tiny: Tiny, trained: Path) -> None:
+    settings = ["prior.model.guess_width=8", "prior.train.guess_batch=16"]
+    task = make_task(tiny(*settings), trained, "prior")
+    assert isinstance(task.network, DiffusionPrior) and task.network.net.guess is not None
+    batch = task.make([0, 1, 2, 3], [0, 1, 2, 3])
+    assert len(batch["noise"]) == 4 and len(batch["guess_image_embed"]) == len(batch["guess_states0"]) == 8
+    own = {name: x for name, x in batch.items() if not name.startswith("guess_")}
+    losses = task(batch)
+    assert torch.equal(losses, task(own))
+    losses.mean().backward()
+    assert task.network.net.guess.output.weight.grad.abs().max() > 0
+
+
+def test_clip_makes_no_guess(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="clip.train.guess_batch 8: expected 0, for guess_width 0"):
+        make_task(tiny("clip.train.guess_batch=8"), tmp_path, "clip")
 
 
 @pytest.mark.parametrize(("width", "batch"), [(0, 16), (8, 0)])
