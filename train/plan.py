@@ -21,7 +21,7 @@ from prior.diffusion import PriorNet
 from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe
 
 TEXT_LENGTH = 77  # tokens of a caption where the recipe leaves them to the text encoder
-DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def make_accelerator(cfg: TrainConfig, stage: str) -> Accelerator:
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes without a GPU stay strangers
-            mixed_precision="no" if plugin else cfg.precision,
+            mixed_precision="no" if plugin or cfg.precision == "fp32" else cfg.precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=cfg.accumulate),
             deepspeed_plugin=plugin,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

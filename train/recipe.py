@@ -82,7 +82,7 @@ class TrainConfig:
     guess_batch: int = 0  # pictures a step beside the batch, from which the guess of x_0 learns (guess_width)
     crop_px: int | None = None  # side of the random training crop; None: the whole picture
     crops_per_picture: int = 1
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     compile: bool = True
     gradient_checkpointing: bool = False  # of the U-Net's blocks: less memory, a forward pass more
     workers: int = 1  # processes that make batches

@@ -67,7 +67,7 @@ def write_data(folder: Path, records: list[dict[str, Any]], side: int = SIDE) ->
 
 def tiny_recipe(data: Path, out: Path) -> dict[str, Any]:
     train = {"images": 24, "batch": 8, "lr": 1e-3, "warmup_images": 8, "ema": 0.9, "compile": False}
-    train |= {"precision": "no", "workers": 0, "log_images": 8, "save_images": 8, "grid_images": 1000}
+    train |= {"precision": "fp32", "workers": 0, "log_images": 8, "save_images": 8, "grid_images": 1000}
     unet = {"channels": [16, 16], "blocks": [1, 1], "strides": [1, 2], "head_channels": 8, "pool_heads": 4}
     unet |= {"text_dims": [WIDTH], "text_attention": [False, True], "self_attention": [False, True]}
     sampling = {"steps": 2}

@@ -185,7 +185,8 @@ def test_a_dry_run_prints_every_plan_and_writes_nothing(
     assert main([str(recipe_file), "--dry-run", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert re.findall(r"^stage: (.*)$", text, re.M) == list(ORDER)
-    for line in ("world size: 1 (alone on cpu)", "global batch: 8 = 1 x 1 accumulated x 8", "precision: no"):
+    lines = ("world size: 1 (alone on cpu)", "global batch: 8 = 1 x 1 accumulated x 8", "precision: fp32")
+    for line in lines:
         assert text.count(f"\n{line}\n") == len(ORDER)
     for name in ("parameters", "FLOP per image", "memory per process"):
         assert len(re.findall(rf"^{name}: [\d.]+", text, re.M)) == len(ORDER)

@@ -36,7 +36,7 @@ def test_a_plan_is_that_of_the_real_network(tiny: Tiny, stage: str, kind: type) 
     assert isinstance(network, kind)
     assert plan.parameters == sum(p.numel() for p in network.parameters())
     assert plan.flops == pytest.approx(flops)
-    assert plan.activations > 0 and plan.casts == 0  # precision "no"
+    assert plan.activations > 0 and plan.casts == 0  # precision fp32
 
 
 def test_a_linear_layer_keeps_its_input_and_its_cast_weight() -> None:

@@ -66,7 +66,7 @@ def save_clip(folder: Path) -> None:
 def recipe_of(public: Path, text: str, lora: bool, **parts: dict[str, Any]) -> dict[str, Any]:
     """`parts`: base, sr256 (keys of the stage) or prior (keys of its model), with the folder in `preset`."""
     train: dict[str, Any] = {"images": 8, "batch": 4, "lr": 1e-3, "warmup_images": 4, "ema": 0.9}
-    train |= {"compile": False, "precision": "no", "workers": 0, "text_drop": 0.3}
+    train |= {"compile": False, "precision": "fp32", "workers": 0, "text_drop": 0.3}
     train |= {"lora": {"rank": RANK}} if lora else {}
     kind = dict(clean=True) if text.startswith("if") else dict(projection=True)
     places = dict(name=str(public / text), subfolder="text_encoder", tokenizer_subfolder="tokenizer")
