@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from cascade.checkpoint import load_component, save_component
 from cascade.errors import InputError
-from train.ema import EMA, PowerEMA, gamma_of, main, overlap, reconstruct, sigma_rel_of, solve
+from train.ema import EMA, YOUNG, PowerEMA, gamma_of, main, overlap, reconstruct, sigma_rel_of, solve
 from train.state import Trained, save_averages
 
 
@@ -40,6 +41,26 @@ def test_average_of_a_random_walk() -> None:
     assert ema.updates == 60
     for name, weights in history.items():
         assert torch.allclose(ema.average[name].double(), reference(weights, 0.8), atol=1e-5), name
+
+
+def test_an_old_average_takes_one_step_of_four_with_the_decay_of_all() -> None:
+    torch.manual_seed(0)
+    net, decay, steps = nn.Linear(1, 1, bias=False), 0.9, 500
+    ema, weights = EMA(net, decay), [net.weight.item()]
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            net.weight.add_(0.1 * torch.randn(1, 1))
+        weights.append(net.weight.item())
+        before = ema.average["weight"].clone()
+        ema.update()
+        assert torch.equal(before, ema.average["weight"]) == (step > YOUNG and step % 4 > 0)
+    assert decay < (1 + YOUNG) / (10 + YOUNG)  # it rises no more
+    thinned = reference([torch.tensor(w) for w in weights[: YOUNG + 1]], decay)
+    for step in range(YOUNG + 4, steps + 1, 4):
+        thinned = thinned * decay**4 + (1 - decay**4) * weights[step]
+    assert math.isclose(ema.average["weight"].item(), thinned.item(), abs_tol=1e-5)
+    every = reference([torch.tensor(w) for w in weights], decay).item()
+    assert abs(ema.average["weight"].item() - every) < 0.5
 
 
 def test_the_first_average_forgets_its_random_start() -> None:
