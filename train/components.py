@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from train.data import PictureSet
 from train.encoded import ImageStore
 from train.recipe import Recipe
 
+PRIOR_SAMPLING = ("sampler", "steps", "eta", "guidance", "best_of", "clamp")  # keys of PriorConfig
 CLASSES = {"clip": "CLIP", "prior": "DiffusionPrior"}  # of the other stages: Stage
 
 
@@ -124,11 +126,15 @@ def load_clip(recipe: Recipe, out: Path) -> CLIP | OpenCLIP:
     return clip.eval().requires_grad_(False)
 
 
-def load_prior(out: Path) -> DiffusionPrior | None:
+def load_prior(recipe: Recipe, out: Path) -> DiffusionPrior | None:
+    """The trained prior, with the recipe's sampling settings."""
     if not trained(out, "prior"):
         return None
     part = read_component(out / "prior", "prior")
-    prior = DiffusionPrior(from_dict(PriorConfig, part.config))
+    config = from_dict(PriorConfig, part.config)
+    if recipe.prior is not None:
+        config = replace(config, **{name: getattr(recipe.prior.model, name) for name in PRIOR_SAMPLING})
+    prior = DiffusionPrior(config)
     load_tensors(prior, part.tensors, out / "prior")
     return prior.eval().requires_grad_(False)
 
@@ -175,7 +181,7 @@ def assemble(recipe: Recipe, out: Path) -> Path:
         first = next(iter(recipe.pictures), "prior")
         raise InputError(f"no trained stage in {out}: train --stage {first} first")
     clip = None if recipe.clip is None else load_clip(recipe, out)
-    model = Cascade(stages, load_text_encoder(recipe.text), load_prior(out), clip, recipe.name)
+    model = Cascade(stages, load_text_encoder(recipe.text), load_prior(recipe, out), clip, recipe.name)
     folder = out / "model"
     model.save_pretrained(folder, dtype=torch.bfloat16)
     return folder

@@ -88,7 +88,7 @@ def conditions(
     if recipe.base is None or recipe.base.stage.unet.image_embed_dim is None:
         return both[:count], both[count:], None
     pooled = load_clip(recipe, out).to(both.sequences[0].states.device).encode_text(both)
-    both, prior = TextEmbedding(both.sequences, pooled), load_prior(out)
+    both, prior = TextEmbedding(both.sequences, pooled), load_prior(recipe, out)
     text, null = both[:count], both[count:]
     if prior is None:
         return text, null, pooled[:count]

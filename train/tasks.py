@@ -32,14 +32,12 @@ from train.batches import (
     guess_part,
     text_of,
 )
-from train.components import class_of, load_clip, open_images, start_from
+from train.components import PRIOR_SAMPLING, class_of, load_clip, open_images, start_from
 from train.data import open_pictures
 from train.encoded import TextStore
 from train.grids import prompt_sheet, upsampling_sheet
 from train.lora import adapter_tensors, base_tensors, inject
 from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe, TrainConfig
-
-PRIOR_SAMPLING = ("sampler", "steps", "eta", "guidance", "best_of", "clamp")  # keys of PriorConfig
 
 
 class Task(nn.Module):

@@ -53,10 +53,13 @@ def test_sampling_settings_are_those_of_the_recipe_of_today(
 ) -> None:
     for name in ("clip", "base"):
         shutil.copytree(trained / name, tmp_path / name)
-    folder = assemble(tiny("base.stage.sampling.steps=1"), tmp_path)
-    pipe = Cascade.from_pretrained(folder)
+    recipe = tiny("base.stage.sampling.steps=1", "prior.model.steps=3", "prior.model.guidance=1.5")
+    pipe = Cascade.from_pretrained(assemble(recipe, tmp_path))
     assert list(pipe.stages) == ["base"] and pipe.prior is None
     assert pipe.stages["base"].config.sampling.steps == 1
+    shutil.copytree(trained / "prior", tmp_path / "prior")
+    prior = Cascade.from_pretrained(assemble(recipe, tmp_path)).prior
+    assert isinstance(prior, DiffusionPrior) and (prior.config.steps, prior.config.guidance) == (3, 1.5)
 
 
 def test_nothing_to_assemble(tiny: Tiny, tmp_path: Path) -> None:
