@@ -16,6 +16,11 @@ class Tokens:
     states: Tensor  # B L D
     mask: Tensor  # B L, bool
 
+    def mean(self, dtype: torch.dtype) -> Tensor:
+        """The mean of each row's real tokens, B D, computed in `dtype`; 0 where there is none."""
+        kept = self.mask[..., None].to(dtype)  # B L 1
+        return (self.states.to(dtype) * kept).sum(1) / kept.sum(1).clamp(min=1)
+
 
 @dataclass(frozen=True)
 class TextEmbedding:

@@ -123,8 +123,7 @@ class PriorNet(nn.Module):
         """B D; of a dropped text the mean embedding, 0. It learns from its own error alone."""
         if self.guess is None:
             return None
-        states, mask, _ = self.prefix.check(text)
-        guess = self.guess(states, mask).detach()
+        guess = self.guess(text.sequences[self.prefix.sequence]).detach()
         return guess if keep is None else guess * keep[:, None]
 
     def forward(self, x: Tensor, time: Tensor, prefix: Prefix) -> Tensor:
@@ -185,7 +184,7 @@ class DiffusionPrior(nn.Module):
         tokens alone, or their mean as the one token."""
         assert self.net.guess is not None
         tokens = select_tokens(text, self.config.text_sequence, self.config.text_dim, "prior")
-        guess = self.net.guess(tokens.states, tokens.mask)
+        guess = self.net.guess(tokens)
         return (guess.float() - self.statistics(image_embed)).square().mean()
 
     def forward(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.conditioning import Tokens
+
 
 class Guess(nn.Module):
     """E[x_0 | text] from the mean token, where x_0 is the standardised image embedding.
@@ -23,8 +25,7 @@ class Guess(nn.Module):
         nn.init.zeros_(self.output.weight)  # the first guess is the mean embedding
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """states: B L text_dim. mask: B L bool, True at tokens. Returns B embed_dim."""
-        kept = mask[..., None].to(states.dtype)  # B L 1
-        mean = (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+    def forward(self, tokens: Tokens) -> Tensor:
+        """tokens: states of width text_dim. Returns B embed_dim."""
+        mean = tokens.mean(self.output.weight.dtype)
         return self.output(F.silu(self.second(F.silu(self.first(self.norm(mean))))))

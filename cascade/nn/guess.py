@@ -43,10 +43,7 @@ class Guess(nn.Module):
         for i, (norm, null) in enumerate(zip(self.text_norms, self.text_nulls, strict=True)):
             pooled, keep = None, None
             if cond.text is not None:
-                tokens = cond.text.sequences[i]
-                mask = tokens.mask[..., None].to(null.dtype)  # B L 1
-                pooled = (tokens.states.to(null.dtype) * mask).sum(1) / mask.sum(1).clamp(min=1)
-                pooled = norm(pooled)
+                pooled = norm(cond.text.sequences[i].mean(null.dtype))
                 keep = None if cond.text_keep is None else cond.text_keep[:, i]
             vectors.append(_or_null(pooled, keep, null, batch))
         if self.image_null is not None:
