@@ -19,9 +19,10 @@ class DataConfig:
     # emoji and folder: where the pictures are; the others: where index, caches and quarantine go
     folder: str = EMOJI_FOLDER
 
-    # emoji: styles, how often skin-toned variants, and weights of the caption forms label + style;
-    # label + tags + style; label; phrases such as people use (train.data.phrases)
-    styles: tuple[str, ...] = ("noto", "twemoji", "fluent")
+    # emoji: styles, of which the first that shows a thing is meant where none is named, how often skin-toned
+    # variants, and weights of the caption forms label + style; label + tags + style; label; phrases such as
+    # people use (train.data.phrases)
+    styles: tuple[str, ...] = ("twemoji", "noto", "fluent")
     toned_period: int = 5  # a skin-toned variant takes part in one epoch of this many
     caption_weights: tuple[float, float, float, float] = (0.7, 0.2, 0.1, 0.0)
 
@@ -61,7 +62,7 @@ class DataConfig:
     @property
     def choice(self) -> str:
         """What tells the pictures and captions of this recipe from those of others of the same folder."""
-        parts = (self.name, sorted(self.styles), self.hub, self.subset, self.revision, self.split, self.files)
+        parts = (self.name, self.styles, self.hub, self.subset, self.revision, self.split, self.files)
         return repr((*parts, self.image, list(self.captions), self.tags))
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class EmojiPictures(PictureSet):
                 raise unknown("style", style, known, where=str(self.folder))
         self.records = [row for row in rows if row["style"] in cfg.styles]
         self._captions: dict[int, list[str]] = {}
+        self._plain = _plain_styles(self.records, cfg.styles)
         self.train = [i for i, r in enumerate(self.records) if r["split"] == "train"]
         self.heldout = [i for i, r in enumerate(self.records) if r["split"] == "heldout"]
         if not self.train:
@@ -61,7 +62,10 @@ class EmojiPictures(PictureSet):
         return read_file(self.name(index), self.folder / self.name(index))
 
     def captions(self, index: int) -> list[str]:
-        """The forms in the order of `caption_weights`, of which the last is several phrases."""
+        """The forms in the order of `caption_weights`, of which the last is several phrases.
+
+        A caption that names no style is of the first of `styles` that shows the same for training: a model
+        that learned it of all styles would draw something between them."""
         if index not in self._captions:
             self._captions[index] = self._forms(self.records[index])
         return self._captions[index]
@@ -69,7 +73,9 @@ class EmojiPictures(PictureSet):
     def _forms(self, r: dict) -> list[str]:
         tags = [t for t in r["tags"] if t not in r["label"].lower()][:3]
         tagged = f"{', '.join([r['label'], *tags])}, {r['style']} style"
-        return [r["text"], tagged, r["label"], *phrases.phrases(r)]
+        plain = self._plain.get(r["label"]) == r["style"]
+        others = [r["label"], *phrases.phrases(r)]
+        return [r["text"], tagged, *(x if plain else phrases.in_style(x, r["style"]) for x in others)]
 
     def caption(self, index: int, seed: int) -> str:
         return self.captions(index)[weighted(self._weights, seed)]
@@ -154,6 +160,15 @@ class Periodic:
                 del self._epochs[next(iter(self._epochs))]
             self._epochs[number] = self._pictures.epoch(self._seed, number)
         return self._epochs[number]
+
+
+def _plain_styles(records: list[dict], styles: tuple[str, ...]) -> dict[str, str]:
+    """By label, the first of the styles that a training picture of it has."""
+    return {
+        row["label"]: row["style"]
+        for row in sorted(records, key=lambda row: styles.index(row["style"]), reverse=True)
+        if row["split"] == "train"
+    }
 
 
 def _read_records(path: Path) -> list[dict]:

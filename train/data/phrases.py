@@ -6,15 +6,19 @@ from typing import Any
 
 from cascade import random
 
-COUNT = 8  # phrases a picture
+COUNT = 10  # phrases a picture
 TONE = " skin tone"
 # tags that say too little
 VAGUE = set("animal face fairy fairytale fantasy feels flag person shade symbol tale".split())
+# what people add that changes nothing
+FILLERS = ("cute", "little", "big", "nice", "simple", "pretty", "funny", "small")
+FRAMES = ("a picture of ", "an emoji of ", "a drawing of ", "an icon of ")
 
 
 def phrases(record: dict[str, Any]) -> list[str]:
     """`COUNT` phrases for a record of metadata.jsonl, always the same: the name with an article, a tag before
-    it or its last word, tags alone; skin tones in words; every third with the style.
+    it or its last word, tags alone; skin tones in words; some with an adjective that changes nothing, some as
+    a picture of it; every third with the style.
 
     "automobile" gives "a car"; "man health worker: dark skin tone" gives "doctor with dark skin".
     """
@@ -32,11 +36,22 @@ def phrases(record: dict[str, Any]) -> list[str]:
             forms = (subject, f"{tag} {last}", tag, f"{tag} {subject}", f"{gender}{tag}", f"{tag} {other}")
             words = forms[(start + number) % len(forms)]
         words = _toned(words, tones, draw // 3)
+        if number in (4, 8):
+            words = f"{FILLERS[draw % len(FILLERS)]} {words}"
         article = ("", "a ", "the ")[draw % 3]
         if article == "a " and words[0].lower() in "aeiou":
             article = "an "
-        found.append(article + words + (f", {record['style']} style" if number % 3 == 0 else ""))
+        words = article + words
+        if number in (5, 8):
+            words = FRAMES[draw // 9 % len(FRAMES)] + words
+        found.append(in_style(words, record["style"]) if number % 3 == 0 else words)
     return found
+
+
+def in_style(caption: str, style: str) -> str:
+    """The caption, naming the style once."""
+    ending = f", {style} style"
+    return caption if caption.endswith(ending) else caption + ending
 
 
 def _telling(tags: list[str], subject: str) -> list[str]:
