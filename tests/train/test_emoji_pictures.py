@@ -16,7 +16,7 @@ from cascade.errors import InputError
 from cascade.images import downsample, from_uint8, to_uint8
 from tests.train.conftest import make_records, record, write_data
 from train.data.emoji import EmojiPictures
-from train.data.phrases import COUNT, phrases, split_label
+from train.data.phrases import COUNT, FILLERS, FRAMES, phrases, split_label
 from train.recipe import DataConfig
 
 
@@ -40,6 +40,23 @@ def test_caption_forms(pictures: EmojiPictures) -> None:
         "red apple",
     ]
     assert phrased == phrases(pictures.records[0])
+
+
+def test_a_caption_without_a_style_is_of_the_first_that_shows_the_thing(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    for styles in (("noto", "fluent"), ("fluent", "noto")):
+        pictures = picture_set(data_folder, styles=styles)
+        for index, record in enumerate(pictures.records):
+            named = [f"{record['style']} style" in caption for caption in pictures.captions(index)]
+            first = record["style"] == styles[0] and record["split"] == "train"
+            assert any(named) and all(named) != first, record
+    held = [r | {"split": "heldout"} if r["style"] == "fluent" else r for r in pictures.records]
+    pictures = picture_set(write_data(tmp_path, held), styles=("fluent", "noto"))
+    for index, record in enumerate(pictures.records):
+        assert ("red apple" in pictures.captions(index)) == (
+            record["style"] == "noto" and record["label"] == "red apple"
+        )
 
 
 def test_phrases_say_what_a_record_says_in_other_words() -> None:
