@@ -13,9 +13,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from cascade import __version__
+from cascade.arguments import Parser
 from cascade.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -44,15 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="cascade", description="Draw pictures from text with a cascade of diffusion models."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="cascade", description="Draw pictures from text with a cascade of diffusion models.")
     parser.add_argument("--version", action="version", version=f"cascade {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

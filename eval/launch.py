@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from cascade.arguments import Parser
 from cascade.errors import InputError
 from cascade.launch import status_of
-from eval.__main__ import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,6 +35,7 @@ from rich.progress import track
 from torch import Tensor
 
 from cascade import Cascade, random
+from cascade.arguments import Parser
 from cascade.augment import upsample
 from cascade.checkpoint import resolve_source
 from cascade.errors import InputError, unknown
@@ -196,14 +197,9 @@ def speed(pipe: Cascade, folder: Path, prompt: str, seed: int) -> dict[str, Any]
 # -- command line --------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see python -m {self.prog} --help")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="eval.quality",
+        prog="python -m eval.quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from cascade.arguments import Parser
 from cascade.config import from_dict, read_mapping, to_dict
 from cascade.errors import InputError, unknown
 from eval.agreement import clustered_share, krippendorff_alpha
@@ -249,13 +250,8 @@ def _check_raters(ballots: Sequence[Ballot], paths: Sequence[Path]) -> None:
         seen[name] = path
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m eval tally", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m eval tally", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("votes", type=Path, nargs="+", metavar="VOTES", help="files that raters sent")
     return parser.parse_args(argv)

@@ -7,8 +7,8 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
+from cascade.arguments import Parser
 from cascade.errors import InputError
 from train.recipe import ORDER, Recipe, load_recipe
 from train.signals import REQUEUE, Preempted
@@ -18,13 +18,8 @@ MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that 
 GRACE_S = 5.0  # for the launcher to end the processes that one has left
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists what there is")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="train", description=__doc__)
+    parser = Parser(prog="python -m train", description=__doc__)
     add = parser.add_argument
     add("recipe", help="a name in train/recipes, or a YAML file")
     add("--stage", help=f"one of {', '.join(ORDER)}; default: all in this order, then the model folder")

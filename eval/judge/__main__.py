@@ -25,19 +25,20 @@ from typing import Any
 
 import torch
 
+from cascade.arguments import Parser
 from cascade.errors import InputError, unknown
 from eval.captioned import Record, draw, read_records
 from eval.judge.run import Judge
 from eval.judge.table import markdown
 from eval.models import load_model
-from eval.quality import Parser, environment, write, write_text
+from eval.quality import environment, write, write_text
 
 LEAST = 64  # pictures: the captions that the right one is picked from
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="eval.judge",
+        prog="python -m eval.judge",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -47,15 +47,15 @@ def test_a_caption_without_a_style_is_of_the_first_that_shows_the_thing(
 ) -> None:
     for styles in (("noto", "fluent"), ("fluent", "noto")):
         pictures = picture_set(data_folder, styles=styles)
-        for index, record in enumerate(pictures.records):
-            named = [f"{record['style']} style" in caption for caption in pictures.captions(index)]
-            first = record["style"] == styles[0] and record["split"] == "train"
-            assert any(named) and all(named) != first, record
+        for index, row in enumerate(pictures.records):
+            named = [f"{row['style']} style" in caption for caption in pictures.captions(index)]
+            first = row["style"] == styles[0] and row["split"] == "train"
+            assert any(named) and all(named) != first, row
     held = [r | {"split": "heldout"} if r["style"] == "fluent" else r for r in pictures.records]
     pictures = picture_set(write_data(tmp_path, held), styles=("fluent", "noto"))
-    for index, record in enumerate(pictures.records):
+    for index, row in enumerate(pictures.records):
         assert ("red apple" in pictures.captions(index)) == (
-            record["style"] == "noto" and record["label"] == "red apple"
+            row["style"] == "noto" and row["label"] == "red apple"
         )
 
 
