@@ -6,7 +6,6 @@ a prompt a line.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL.ImageFont import FreeTypeFont
 from PIL.ImageFont import ImageFont as BitmapFont
 
 from cascade import Cascade, InputError
+from cascade.arguments import Parser
 from cascade.images import save_png
 
 CELL, GAP, TEXT_PX, LINES = 136, 8, 11, 3
@@ -61,13 +61,13 @@ def _shorten(line: str, font: FreeTypeFont | BitmapFont) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="eval.sheet", description=__doc__, fromfile_prefix_chars="@")
+    parser = Parser(prog="python -m eval.sheet", description=__doc__, fromfile_prefix_chars="@")
     parser.add_argument("model", help="a model folder or a hub id")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("sheet.png"))
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         pictures = Cascade.from_pretrained(arguments.model)(arguments.prompts, seed=arguments.seed).images
         save_png(captioned_sheet(pictures, arguments.prompts), arguments.out)
     except InputError as error:

@@ -5,7 +5,6 @@ profile that was not tracked, out of the snapshots of those that were (EDM2, arX
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cascade.arguments import Parser
 from cascade.checkpoint import load_component, save_component
 from cascade.errors import InputError
 
@@ -142,15 +142,15 @@ def reconstruct(folder: Path, sigma_rel: float, images: int | None = None) -> tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.ema", description=__doc__)
+    parser = Parser(prog="python -m train.ema", description=__doc__)
     parser.add_argument("out", type=Path, help="the run's folder")
     parser.add_argument("stage")
     parser.add_argument("--sigma-rel", type=float, required=True, help="relative width of the average")
     parser.add_argument("--images", type=int, help="at which snapshot; default: the newest")
     parser.add_argument("--to", type=Path, help="component folder to write; default: OUT/STAGE-ema-SIGMA")
-    arguments = parser.parse_args(argv)
-    out, stage, sigma_rel = arguments.out, arguments.stage, arguments.sigma_rel
     try:
+        arguments = parser.parse_args(argv)
+        out, stage, sigma_rel = arguments.out, arguments.stage, arguments.sigma_rel
         tensors, images = reconstruct(out / f"{stage}-training", sigma_rel, arguments.images)
         component = load_component(out / stage)
         target = arguments.to or out / f"{stage}-ema-{sigma_rel:g}"

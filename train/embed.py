@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cascade.arguments import Parser
 from cascade.errors import InputError, unknown
 from train.recipe import Recipe, load_recipe
 
@@ -17,7 +18,7 @@ KINDS = ("text", "images")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.embed", description=__doc__)
+    parser = Parser(prog="python -m train.embed", description=__doc__)
     add = parser.add_argument
     add("recipe", help="a name in train/recipes, or a YAML file")
     add(
@@ -30,8 +31,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 after bad input (one line on stderr), 130 when interrupted."""
-    arguments = parse(argv)
     try:
+        arguments = parse(argv)
         if arguments.only not in (None, *KINDS):
             raise unknown("kind", arguments.only, KINDS, where="--only")
         recipe = load_recipe(arguments.recipe, arguments.settings)

@@ -6,7 +6,6 @@ made at any time, also while training goes on, and on a machine that has nothing
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -20,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from cascade.arguments import Parser
 from cascade.errors import InputError
 from train.figures import loss_by_level_figure, loss_figure, speed_figure, waiting_figure
 from train.files import write_whole
@@ -186,11 +186,11 @@ def share(value: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.report", description=__doc__)
+    parser = Parser(prog="python -m train.report", description=__doc__)
     parser.add_argument("out", type=Path, help="the folder of a run")
     parser.add_argument("--html", type=Path, help="the page to write; default: OUT/report.html")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         print(write_report(arguments.out, arguments.html or arguments.out / "report.html"))
     except InputError as error:
         print(f"train.report: {error}", file=sys.stderr)

@@ -6,13 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from cascade.arguments import Parser
 from cascade.errors import InputError
 from train.data import PictureSet, open_pictures
 from train.recipe import Recipe, load_recipe
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.data", description=__doc__)
+    parser = Parser(prog="python -m train.data", description=__doc__)
     add = parser.add_argument
     add("words", nargs="+", metavar="[check] RECIPE", help="a name in train/recipes, or a YAML file")
     add("--set", dest="settings", action="append", default=[], metavar="A.B=C", help="change a recipe key")
@@ -26,8 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 after bad input (one line on stderr), 130 when interrupted."""
-    arguments = parse(argv)
     try:
+        arguments = parse(argv)
         recipe = load_recipe(arguments.words[-1], arguments.settings)
         if arguments.check:
             from train.data.check import check
