@@ -142,9 +142,8 @@ def caption_rows(encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
     rows = []
     for start in bar(range(0, len(captions), CAPTIONS), "captions"):
         tokens = encoder(captions[start : start + CAPTIONS]).sequences[0]
-        mask = tokens.mask[:, :, None]  # B L 1
-        mean = (tokens.states * mask).sum(dim=1) / mask.sum(dim=1)
-        rows.append(torch.cat([mean, tokens.states.masked_fill(~mask, -torch.inf).amax(dim=1)], dim=1))
+        most = tokens.states.masked_fill(~tokens.mask[:, :, None], -torch.inf).amax(dim=1)
+        rows.append(torch.cat([tokens.mean(torch.float32), most], dim=1))
     return torch.cat(rows)
 
 
