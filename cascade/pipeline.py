@@ -252,7 +252,8 @@ class Cascade:
         size: (H, W) in px of the pictures of the last stage that runs.
         on_event: called after every step (see `Event`).
         settings: base=dict(steps=25, guidance=4.0), prior=dict(...), ...: by stage, fields of SamplingConfig
-            or keyword arguments of the prior's `sample`.
+            and `micro_batch`, the pictures in one forward (see Stage.sample), or keyword arguments of the
+            prior's `sample`.
         Raises InputError, before anything runs, when something given cannot be."""
         request = self.request(
             prompts,

@@ -22,6 +22,7 @@ from cascade.stage import Stage, resolve_settings
 
 MAX_PROMPT = 10_000  # characters; a prompt of this length or more is refused
 PRIOR = "prior"
+MICRO_BATCH = "micro_batch"  # of Stage.sample: not a sampling setting, but given with them
 RESERVED = ("self", "text", "seed", "seeds", "negative", "on_step")  # of the prior's sample: not settings
 
 
@@ -157,9 +158,18 @@ def _settings(
         if name == PRIOR:
             _check_prior(prior, given)
         else:
-            resolve_settings(stages[name].config, dict(given))
+            _check_stage(stages[name], dict(given))
         result[name] = dict(given)
     return result
+
+
+def _check_stage(stage: Stage, settings: dict[str, Any]) -> None:
+    size = settings.pop(MICRO_BATCH, 1)
+    if not isinstance(size, int) or size < 1:
+        raise InputError(
+            f"stage {stage.config.name}.{MICRO_BATCH}: expected a positive integer, got {size!r}"
+        )
+    resolve_settings(stage.config, settings)
 
 
 def _check_prior(prior: Any, settings: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Drawn pictures and features of any picture, kept in the judge's folder for the next time.
 
-A drawn picture's file is named by its seed, a function of (seed, caption): the picture depends on no other,
-so a larger count or a restart draws only what is missing.
+A drawn picture's file is named by its seed, a function of (seed, caption): but for rounding, the picture
+depends on no other, so a larger count or a restart draws only what is missing.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Workshop:
         """By stage, B 3 H W in [-1, 1]."""
         captions, stop_at = [record.text for record in batch], names[-1]
         if not real:
-            return self.pipe(captions, seed=seeds, stop_at=stop_at).stages
+            # The first stage's small pictures in one forward are three times as fast on a CPU.
+            together = {next(iter(self.stages.values())): {"micro_batch": len(batch)}}
+            return self.pipe(captions, seed=seeds, stop_at=stop_at, **together).stages
         base_px = next(iter(self.stages))
         lowres = torch.stack([load_picture(record, base_px) for record in batch])  # B 3 h w
         return self.pipe(captions, seed=seeds, start_at=names[0], stop_at=stop_at, images=lowres).stages

@@ -197,6 +197,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (dict(sr1024=dict(steps=0), stop_at="base"), "sr1024.steps: expected an integer from 1"),
     (dict(sr255=dict(steps=3)), "unknown stage 'sr255'.*did you mean 'sr256'"),
     (dict(base=25), "base=25: expected settings"),
+    (dict(base=dict(micro_batch=0)), "stage base.micro_batch: expected a positive integer, got 0"),
+    (dict(base=dict(micro_batch=2.5)), "stage base.micro_batch: expected a positive integer, got 2.5"),
     (dict(prior=dict(stepz=2)), "unknown setting 'stepz' in prior.*did you mean 'steps'"),
     (dict(prior=dict(guidance=NAN)), "prior.guidance: expected a number, got nan"),
     (dict(prior=dict(steps="many")), "prior.steps: expected int"),
@@ -219,6 +221,22 @@ def test_stages_must_fit_the_text_encoder_and_have_different_names() -> None:
         Cascade([tiny_stage("base", 16)], ToyEncoder(8))
     with pytest.raises(InputError, match="different names"):
         Cascade([tiny_stage("base", 16), tiny_stage("base", 32, 16)], ToyEncoder())
+
+
+def test_pictures_of_one_forward_are_those_of_several(tiny_cascade: Cascade) -> None:
+    forwards: list[int] = []
+    hook = tiny_cascade.stages["base"].unet.register_forward_pre_hook(
+        lambda net, x: forwards.append(len(x[0]))
+    )
+    try:
+        alone, both = (
+            tiny_cascade(PROMPTS[:2], stop_at="base", base=dict(steps=2, guidance=1.0, micro_batch=size))
+            for size in (1, 2)
+        )
+    finally:
+        hook.remove()
+    assert forwards == [1, 1, 1, 1, 2, 2]
+    torch.testing.assert_close(both.stages["base"], alone.stages["base"], atol=1e-4, rtol=0)
 
 
 def test_bfloat16_draws_nearly_the_same(tiny_cascade: Cascade, model_folder: Any) -> None:
