@@ -143,7 +143,7 @@ def test_a_run_that_was_stopped_has_the_values_of_one_that_was_not(
 
 
 # of the trained tiny recipe at 24 images, float32; a change here is a change of what is trained or measured
-GOLDEN = {"clip": 0.997445, "prior": 1.102443, "base": 0.242427, "sr256": 0.242293, "sr1024": 0.261197}
+GOLDEN = {"clip": 0.997445, "prior": 1.103229, "base": 0.242427, "sr256": 0.242293, "sr1024": 0.261197}
 
 
 @pytest.mark.parametrize("stage", ORDER)
