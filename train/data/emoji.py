@@ -72,7 +72,7 @@ class EmojiPictures(PictureSet):
 
     def _forms(self, r: dict) -> list[str]:
         tags = [t for t in r["tags"] if t not in r["label"].lower()][:3]
-        tagged = f"{', '.join([r['label'], *tags])}, {r['style']} style"
+        tagged = phrases.in_style(", ".join([r["label"], *tags]), r["style"])
         plain = self._plain.get(r["label"]) == r["style"]
         others = [r["label"], *phrases.phrases(r)]
         return [r["text"], tagged, *(x if plain else phrases.in_style(x, r["style"]) for x in others)]
