@@ -62,6 +62,10 @@ class Known:
         mask = self.mask.to(self.picture.dtype)
         return torch.cat([self.picture * mask, mask], dim=1)
 
+    def over(self, x: Tensor) -> Tensor:
+        """`x`, B 3 H W, with the known part in its place."""
+        return torch.where(self.mask, self.picture, x)
+
     def kept_by(self, denoise: Denoise, base: Tensor | None = None) -> Denoise:
         """`denoise` with the known part in its estimates of x_0, or of x_0 minus `base` where that is what
         it estimates."""

@@ -24,6 +24,7 @@ from cascade.diffusion.guidance import GuidedDenoiser
 from cascade.diffusion.samplers import SAMPLERS, Denoise
 from cascade.diffusion.schedule import DiscreteSchedule, Schedule, section_indices
 from cascade.errors import InputError, unknown
+from cascade.flatten import flattened
 from cascade.inpaint import Known, known_part
 from cascade.nn.context import Context
 from cascade.nn.unet import UNet
@@ -211,8 +212,11 @@ class Stage(nn.Module):
             x = settings.temperature * x
         sampler = SAMPLERS[settings.sampler]
         x0 = sampler(denoise, x, grid, noise=step_noise, on_step=report, eta=settings.eta)
-        x0 = x0 if base is None else x0 + base
-        return x0.float().clamp(-1, 1).contiguous()
+        x0 = (x0 if base is None else x0 + base).float().clamp(-1, 1)
+        if settings.flatten > 0:
+            x0 = flattened(x0, settings.flatten)
+            x0 = x0 if known is None else known.over(x0)
+        return x0.contiguous()
 
     def _grid(self, settings: SamplingConfig) -> Tensor:
         if settings.respacing is None:
@@ -387,6 +391,7 @@ def resolve_settings(config: StageConfig, settings: dict[str, Any]) -> SamplingC
     check("guidance_rescale", 0 <= chosen.guidance_rescale <= 1, "a number from 0 to 1")
     check("threshold_percentile", 0 < chosen.threshold_percentile <= 1, "a number above 0, at most 1")
     check("threshold_cap", chosen.threshold_cap >= 1, "a number of at least 1")
+    check("flatten", 0 <= chosen.flatten <= 1, "a number from 0 to 1")
     check("aug_level", 0 <= chosen.aug_level <= 1, "a number from 0 to 1")
     if config.lowres_px is None:
         check("aug_level", chosen.aug_level == 0, "0, as this stage takes no low-resolution picture")
