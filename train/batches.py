@@ -18,14 +18,16 @@ from torch.utils.data import Dataset
 from cascade import random
 from cascade.augment import corrupt_training
 from cascade.conditioning import Conditioning, TextEmbedding, Tokens
-from cascade.images import downsample, from_uint8
+from cascade.images import downsample, from_uint8, to_uint8
 from train.bundle import Bundle, bundled
 from train.data import PictureSet, Reader
 from train.encoded import ImageStore, TextStore, padded
 from train.recipe import ClipRecipe, Recipe, StageRecipe
+from train.vary import variants
 
 Batch = dict[str, Tensor]
 GUESS = "guess_"  # begins the names of what only the guess of x_0 learns from
+VARIED = "varied"  # rows whose embedding is made of the batch's own picture
 RAW = ("captions", "views", "tokens", "places")  # begin the names of what `complete` makes something else of
 CROP_CANDIDATES = 2  # of which the crop with more contrast is kept: much of a drawing is flat
 
@@ -244,10 +246,9 @@ class StageMaker(Maker):
 
     def draw(self, positions: list[int], seeds: list[int]) -> Batch:
         samples = self.read_at(positions)
-        batch = {"x": self._pictures(samples, seeds), "t": self.times(positions, seeds)}
+        batch = self._told(self._pictures(samples, seeds), samples, seeds)
         shape = batch["x"].shape[1:]
-        batch["noise"] = random.normal(shape, seeds, "noise")
-        batch |= self._conditions(samples, seeds)
+        batch |= {"t": self.times(positions, seeds), "noise": random.normal(shape, seeds, "noise")}
         if self.cfg.lowres_px:
             augment = self.cfg.augment
             assert augment is not None
@@ -259,11 +260,30 @@ class StageMaker(Maker):
 
     def complete_part(self, part: Batch, device: torch.device | str) -> Batch:
         part = super().complete_part(part, device)
+        if (varied := part.pop(VARIED, None)) is not None and len(varied):
+            assert self.images is not None
+            embeds = self.images.to(device).encode(to_uint8(part["x"][varied]))
+            part["image_embed"] = part["image_embed"].index_copy(0, varied, embeds.to(part["image_embed"]))
         if (noise := part.pop("embed_noise", None)) is not None:
             embed = part["image_embed"]  # B D
             scale = self.train.image_noise * embed.shape[1] ** -0.5  # unit vectors vary by D^-1/2
             part["image_embed"] = embed + scale * noise.to(embed)
         return part
+
+    def _told(self, x: Tensor, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
+        """Pictures and their conditions. Of `train.vary` of them a variant takes the place, which no caption
+        describes: its embedding, yet to be made, is all that is told of it."""
+        batch = {"x": x, **self._conditions(samples, seeds, means)}
+        if not self.train.vary:
+            return batch
+        chosen = random.uniform(seeds, "vary")[:, 0] < self.train.vary  # B
+        batch[VARIED] = chosen.nonzero()[:, 0]
+        rows = batch[VARIED].tolist()
+        if rows:
+            batch["x"][chosen] = variants(batch["x"][chosen], [seeds[i] for i in rows])
+        batch["keep_text"] &= ~chosen[:, None]
+        batch["keep_image"] |= chosen
+        return batch
 
     def _conditions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
         batch = self.captions(samples, seeds, means) if self.cfg.unet.text_dims else {}
@@ -273,7 +293,7 @@ class StageMaker(Maker):
         return batch
 
     def guessed(self, samples: list[Sample], seeds: list[int]) -> Batch:
-        return {"x": whole(samples), **self._conditions(samples, seeds, means=True)}
+        return self._told(whole(samples), samples, seeds, means=True)
 
     def _pictures(self, samples: list[Sample], seeds: list[int]) -> Tensor:
         """B 3 H W in [-1, 1]: whole pictures, or a crop of each."""

@@ -79,6 +79,7 @@ class TrainConfig:
     text_drop: float = 0.1
     image_drop: float = 0.1
     image_noise: float = 0.0  # on CLIP image embeddings, in their standard deviations: the prior errs as well
+    vary: float = 0.0  # share of pictures shown changed and told by their embedding alone (train.vary)
     guess_batch: int = 0  # pictures a step beside the batch, from which the guess of x_0 learns (guess_width)
     crop_px: int | None = None  # side of the random training crop; None: the whole picture
     crops_per_picture: int = 1
@@ -112,7 +113,7 @@ class TrainConfig:
         self._expect("ema_sigma_rel", widths, "numbers from 0.01 to 0.28")
         self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
         self._expect("grad_clip", self.grad_clip > 0, "a number above 0, or inf")
-        for name in ("ema", "text_drop", "image_drop"):
+        for name in ("ema", "text_drop", "image_drop", "vary"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "numbers from 0 to below 1")
         self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
