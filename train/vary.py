@@ -1,9 +1,9 @@
 """Further pictures out of those there are: mirrored, moved, with their colour channels exchanged.
 
 A decoder of CLIP image embeddings (unCLIP, arXiv:2204.06125) learns from pairs of a picture and its own
-embedding, which need no caption. So any change of a picture that leaves a picture makes a further pair, though
-what the caption says of colours and sides no longer holds. The changes here move pixels and mix none: what is
-sharp stays so.
+embedding, which need no caption. So any change that leaves a picture makes a further pair, though what the
+caption says of colours and sides no longer holds. The changes here move pixels and mix none: what is sharp
+stays so.
 """
 
 from __future__ import annotations

@@ -309,3 +309,27 @@ def test_image_noise_is_of_the_embeddings_own_scale(make: Make) -> None:
         gap = (noised[name] - clean[name]) * EMBED**0.5 / 0.5  # unit Gaussian
         assert gap.mean().abs() < 0.3 and 0.8 < gap.std() < 1.2, name
         assert not torch.equal(gap[0], gap[1])
+
+
+def test_of_a_variant_only_its_own_embedding_is_told(make: Make) -> None:
+    plain = batch_of(make("base", *GUESS, "base.train.image_noise=0"), 3)
+    maker = make("base", *GUESS, "base.train.image_noise=0", "base.train.vary=0.5")
+    assert isinstance(maker, StageMaker) and maker.images is not None
+    batch = batch_of(maker, 3)
+    for part in ("", "guess_"):
+        varied = (batch[f"{part}x"] != plain[f"{part}x"]).flatten(1).any(1)  # B
+        assert 0 < varied.sum() < len(varied)
+        assert not batch[f"{part}keep_text"][varied].any() and batch[f"{part}keep_image"][varied].all()
+        embeds = maker.images.clip.encode_image(batch[f"{part}x"][varied])
+        torch.testing.assert_close(batch[f"{part}image_embed"][varied], embeds, atol=2e-3, rtol=0)
+        for name in ("x", "keep_text", "keep_image", "image_embed"):
+            assert torch.equal(batch[part + name][~varied], plain[part + name][~varied]), name
+
+
+def test_variants_are_the_same_at_any_number_of_processes(make: Make) -> None:
+    setting = "base.train.vary=0.5"
+    whole = batch_of(make("base", setting), 3)
+    parts = [batch_of(make("base", setting), 3, rank=rank, world=2) for rank in range(2)]
+    for name in ("x", "image_embed", "keep_text"):
+        rows = torch.stack([p[name] for p in parts], dim=1).flatten(0, 1)
+        torch.testing.assert_close(rows, whole[name], atol=1e-5, rtol=0)

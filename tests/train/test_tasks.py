@@ -267,3 +267,9 @@ def test_a_guess_without_pictures_or_pictures_without_a_guess(
     settings = [f"base.stage.unet.guess_width={width}", f"base.train.guess_batch={batch}"]
     with pytest.raises(InputError, match=f"base.train.guess_batch {batch}: expected .*guess_width {width}"):
         make_task(tiny(GUESS[0], *settings), trained, "base")
+
+
+def test_a_network_that_takes_no_embedding_is_shown_no_variants(tiny: Tiny, trained: Path) -> None:
+    message = "sr256.train.vary 0.5: expected 0, or a network that takes image embeddings"
+    with pytest.raises(InputError, match=message):
+        make_task(tiny("sr256.train.vary=0.5"), trained, "sr256")
