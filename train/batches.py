@@ -262,7 +262,9 @@ class StageMaker(Maker):
         part = super().complete_part(part, device)
         if (varied := part.pop(VARIED, None)) is not None and len(varied):
             assert self.images is not None
-            embeds = self.images.to(device).encode(to_uint8(part["x"][varied]))
+            views = to_uint8(part["x"][varied])
+            with torch.autocast(views.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+                embeds = self.images.to(device).encode(views)
             part["image_embed"] = part["image_embed"].index_copy(0, varied, embeds.to(part["image_embed"]))
         if (noise := part.pop("embed_noise", None)) is not None:
             embed = part["image_embed"]  # B D
