@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RADIUS = 2  # px: a pixel sees the 5 x 5 around it
-ROUNDS = 8  # with which it reaches 16 px, along areas of one colour
+RADIUS = 2  # px: in one round a pixel sees the 5 x 5 around it
 
 
-def flattened(x: Tensor, bandwidth: float) -> Tensor:
+def flattened(x: Tensor, bandwidth: float, rounds: int = 8) -> Tensor:
     """Pictures whose neighbouring colours have moved together where they were alike. B 3 H W, like `x`.
 
     Blurring mean shift (Fukunaga & Hostetler 1975; on pictures Comaniciu & Meer 2002): in each round a pixel
     becomes the mean of its window, weighted by exp(-d^2 / (2 bandwidth^2)), where d is the distance between
-    the two colours, in the units of `x`. What differs by a few bandwidths does not mix: edges and their
-    antialiasing stay, a gradient stays one, and the unevenness that a network leaves in an area of one
-    colour goes. A denoiser under squared error has little to gain there, the eye and a feature network see
-    it at one level of 255.
+    the two colours, in the units of `x`. What differs by a few bandwidths does not mix: edges stay, a
+    gradient stays one, and the unevenness that a network leaves in an area of one colour goes. A denoiser
+    under squared error has little to gain there; a feature network sees it at one level of 255. Unevenness
+    as wide as a base network's patches takes more rounds than the grain of a super-resolution stage.
     """
     _, _, height, width = x.shape
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         total, weights = x.clone(), torch.ones_like(x[:, :1])  # each pixel's own share
         for dy, dx in _half_window(height, width):
             rows, others = slice(dy, height), slice(0, height - dy)

@@ -214,7 +214,7 @@ class Stage(nn.Module):
         x0 = sampler(denoise, x, grid, noise=step_noise, on_step=report, eta=settings.eta)
         x0 = (x0 if base is None else x0 + base).float().clamp(-1, 1)
         if settings.flatten > 0:
-            x0 = flattened(x0, settings.flatten)
+            x0 = flattened(x0, settings.flatten, settings.flatten_rounds)
             x0 = x0 if known is None else known.over(x0)
         return x0.contiguous()
 
@@ -392,6 +392,7 @@ def resolve_settings(config: StageConfig, settings: dict[str, Any]) -> SamplingC
     check("threshold_percentile", 0 < chosen.threshold_percentile <= 1, "a number above 0, at most 1")
     check("threshold_cap", chosen.threshold_cap >= 1, "a number of at least 1")
     check("flatten", 0 <= chosen.flatten <= 1, "a number from 0 to 1")
+    check("flatten_rounds", chosen.flatten_rounds >= 1, "an integer of at least 1")
     check("aug_level", 0 <= chosen.aug_level <= 1, "a number from 0 to 1")
     if config.lowres_px is None:
         check("aug_level", chosen.aug_level == 0, "0, as this stage takes no low-resolution picture")

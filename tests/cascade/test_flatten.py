@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.flatten import RADIUS, ROUNDS, flattened
+from cascade.flatten import RADIUS, flattened
 from tests.conftest import EMBED, ToyEncoder, tiny_stage
 
 
-def by_definition(x: Tensor, bandwidth: float) -> Tensor:
+def by_definition(x: Tensor, bandwidth: float, rounds: int) -> Tensor:
     _, _, height, width = x.shape
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         moved = torch.empty_like(x)
         for i in range(height):
             for j in range(width):
@@ -31,7 +31,10 @@ def by_definition(x: Tensor, bandwidth: float) -> Tensor:
 def test_it_is_blurring_mean_shift(size: tuple[int, int]) -> None:
     x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kept = x.clone()
-    torch.testing.assert_close(flattened(x, 0.3), by_definition(x, 0.3), atol=1e-12, rtol=0)
+    for rounds in (1, 4):
+        torch.testing.assert_close(
+            flattened(x, 0.3, rounds), by_definition(x, 0.3, rounds), atol=1e-12, rtol=0
+        )
     assert torch.equal(x, kept)
 
 
@@ -61,6 +64,7 @@ def test_a_stage_flattens_what_it_has_drawn_but_not_what_is_known() -> None:
     drawn = stage.sample(text, **told)
     changed = stage.sample(text, **told, flatten=0.2)
     assert torch.equal(changed, flattened(drawn, 0.2)) and not torch.equal(changed, drawn)
+    assert torch.equal(stage.sample(text, **told, flatten=0.2, flatten_rounds=3), flattened(drawn, 0.2, 3))
     picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     mask = (torch.arange(16) < 7).expand(1, 1, 16, 16)
     inpainted = stage.sample(text, **told, inpaint=(picture, mask), flatten=0.2)

@@ -158,6 +158,7 @@ BAD = [
     (dict(guidance_rescale=2), "guidance_rescale"),
     (dict(threshold_percentile=0), "threshold_percentile"),
     (dict(threshold_cap=0.5), "threshold_cap"),
+    (dict(flatten_rounds=0), "flatten_rounds: expected an integer of at least 1"),
     (dict(flatten=-0.1), "flatten: expected a number from 0 to 1"),
     (dict(aug_level=0.1), "aug_level: expected 0"),
     (dict(size=(63, 64)), "height 63 .* multiple of 2, the nearest is 64"),
