@@ -9,10 +9,10 @@ its own pipelines. Runs alternate, so that both see the same load; the median of
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade.arguments import Parser
 from cascade.conditioning import TextEmbedding, Tokens
 from cascade.config import AugmentConfig, StageConfig
+from cascade.errors import InputError
 from cascade.hardware import network_dtype, place_network
 from cascade.nn.presets import IF_I_XL
 from cascade.pretrained.unet import config_to_diffusers, tensors_to_diffusers
@@ -152,18 +154,28 @@ def bench(config: StageConfig, steps: int, batch: int, dtype: torch.dtype, round
 def main(argv: list[str] | None = None) -> int:
     own = str(network_dtype("cpu")).removeprefix("torch.")
     text_dim = IF_I_XL.unet.text_dims[0]
-    parser = argparse.ArgumentParser(prog="python -m eval.bench_pretrained")
-    parser.add_argument("--stage", choices=("I", "II"), default="I")
-    parser.add_argument("--px", type=int, default=64, help="size of the pictures, a multiple of 64")
-    parser.add_argument("--width", type=int, default=64, help="channels of the first level, a multiple of 64")
-    parser.add_argument(
-        "--text-dim", type=int, default=text_dim, help="width of the tokens, a multiple of 64"
-    )
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
-    parser.add_argument("--dtype", choices=DTYPES, default=own, help=f"default: this machine's, {own}")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each; the median counts")
-    args = parser.parse_args(argv)
+    parser = Parser(prog="python -m eval.bench_pretrained", allow_abbrev=False)
+    add = parser.add_argument
+    add("--stage", choices=("I", "II"), default="I")
+    add("--px", type=int, default=64, help="size of the pictures, a multiple of 32")
+    add("--width", type=int, default=64, help="channels of the first level, a multiple of 64")
+    add("--text-dim", type=int, default=text_dim, help="width of the tokens, a multiple of 64")
+    add("--steps", type=int, default=10)
+    add("--batch", type=int, default=1, help="pictures at once")
+    add("--dtype", choices=DTYPES, default=own, help=f"default: this machine's, {own}")
+    add("--rounds", type=int, default=3, help="runs of each; the median counts")
+    try:
+        args = parser.parse_args(argv)
+        for name, unit in (("px", 32), ("width", 64), ("text_dim", 64)):
+            if (value := getattr(args, name)) < unit or value % unit:
+                expected = f"a multiple of {unit}, the nearest is {max(1, round(value / unit)) * unit}"
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+        for name in ("steps", "batch", "rounds"):
+            if (value := getattr(args, name)) < 1:
+                raise InputError(f"--{name} {value}: expected an integer of at least 1")
+    except InputError as error:
+        print(f"eval.bench_pretrained: {error}", file=sys.stderr)
+        return 2
     config = if_shaped(args.stage, args.width, args.px, args.text_dim)
     result = bench(config, args.steps, args.batch, DTYPES[args.dtype], args.rounds)
     print(f"here      {result.here:8.2f} s")
@@ -174,4 +186,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

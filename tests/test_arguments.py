@@ -14,6 +14,7 @@ COMMANDS = {
     "python -m train.embed": "train.embed",
     "python -m train.report": "train.report",
     "python -m eval": "eval.__main__",
+    "python -m eval.bench_pretrained": "eval.bench_pretrained",
     "python -m eval.judge": "eval.judge.__main__",
     "python -m eval.launch": "eval.launch",
     "python -m eval.quality": "eval.quality",
@@ -21,8 +22,14 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("typed", COMMANDS)
-@pytest.mark.parametrize("words", [[], ["--no-such-option"]], ids=["nothing", "unknown"])
+WITHOUT_ARGUMENTS = {"python -m eval.bench_pretrained"}  # they have something to do
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [(typed, []) for typed in COMMANDS if typed not in WITHOUT_ARGUMENTS]
+    + [(typed, ["--no-such-option"]) for typed in COMMANDS],
+)
 def test_bad_arguments_are_one_line_and_status_2(
     typed: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
