@@ -6,19 +6,26 @@ import torch
 from torch import Tensor
 
 RADIUS = 2  # px: in one round a pixel sees the 5 x 5 around it
+# How many of these (by weight) must be like it for a pixel to stay as drawn, and to be all moved.
+FEW, ENOUGH = 5.0, 7.5
 
 
-def flattened(x: Tensor, bandwidth: float, rounds: int = 8) -> Tensor:
-    """Pictures whose neighbouring colours have moved together where they were alike. B 3 H W, like `x`.
+def flattened(drawn: Tensor, bandwidth: float, rounds: int = 8) -> Tensor:
+    """Pictures whose neighbouring colours have moved together where they were alike. B 3 H W, like `drawn`.
 
     Blurring mean shift (Fukunaga & Hostetler 1975; on pictures Comaniciu & Meer 2002): in each round a pixel
     becomes the mean of its window, weighted by exp(-d^2 / (2 bandwidth^2)), where d is the distance between
-    the two colours, in the units of `x`. What differs by a few bandwidths does not mix: edges stay, a
-    gradient stays one, and the unevenness that a network leaves in an area of one colour goes. A denoiser
-    under squared error has little to gain there; a feature network sees it at one level of 255. Unevenness
-    as wide as a base network's patches takes more rounds than the grain of a super-resolution stage.
+    the two colours, in the units of `drawn`. What differs by a few bandwidths does not mix, a gradient stays
+    one, and the unevenness that a network leaves in an area of one colour goes. A pixel that in the end has
+    few of its colour around it, as along an antialiased edge, stays as it was drawn: among one another such
+    pixels would make steps of the edge.
+
+    A denoiser under squared error has little to gain in flat areas; a feature network sees them at one level
+    of 255. Unevenness as wide as a base network's patches takes more rounds than the grain of a
+    super-resolution stage.
     """
-    _, _, height, width = x.shape
+    _, _, height, width = drawn.shape
+    x, weights = drawn, torch.ones_like(drawn[:, :1])
     for _ in range(rounds):
         total, weights = x.clone(), torch.ones_like(x[:, :1])  # each pixel's own share
         for dy, dx in _half_window(height, width):
@@ -33,7 +40,7 @@ def flattened(x: Tensor, bandwidth: float, rounds: int = 8) -> Tensor:
             weights[here] += weight
             weights[there] += weight
         x = total / weights
-    return x
+    return torch.lerp(drawn, x, ((weights - FEW) / (ENOUGH - FEW)).clamp(0, 1))
 
 
 def _half_window(height: int, width: int) -> list[tuple[int, int]]:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.flatten import RADIUS, flattened
+from cascade.flatten import ENOUGH, FEW, RADIUS, flattened
 from tests.conftest import EMBED, ToyEncoder, tiny_stage
 
 
-def by_definition(x: Tensor, bandwidth: float, rounds: int) -> Tensor:
-    _, _, height, width = x.shape
+def by_definition(drawn: Tensor, bandwidth: float, rounds: int) -> Tensor:
+    _, _, height, width = drawn.shape
+    x, alike = drawn, torch.empty_like(drawn[:, :1])
     for _ in range(rounds):
         moved = torch.empty_like(x)
         for i in range(height):
@@ -22,9 +23,11 @@ def by_definition(x: Tensor, bandwidth: float, rounds: int) -> Tensor:
                 window = x[:, :, rows, max(0, j - RADIUS) : j + RADIUS + 1]
                 distance = (window - x[:, :, i : i + 1, j : j + 1]).square().sum(1, keepdim=True)
                 weight = (distance / (-2 * bandwidth**2)).exp()
-                moved[:, :, i, j] = (weight * window).sum((2, 3)) / weight.sum((2, 3))
+                alike[:, :, i, j] = weight.sum((2, 3))
+                moved[:, :, i, j] = (weight * window).sum((2, 3)) / alike[:, :, i, j]
         x = moved
-    return x
+    share = ((alike - FEW) / (ENOUGH - FEW)).clamp(0, 1)
+    return share * x + (1 - share) * drawn
 
 
 @pytest.mark.parametrize("size", [(7, 9), (1, 6), (2, 2), (1, 1)], ids=str)
@@ -48,6 +51,19 @@ def test_areas_become_flat_while_edges_and_gradients_stay() -> None:
     ramp = torch.linspace(-0.6, 0.6, 32).expand(1, 3, 32, 32)
     inside = slice(8, -8)  # at its ends a gradient has neighbours on one side alone
     torch.testing.assert_close(flattened(ramp, 0.1)[..., inside], ramp[..., inside], atol=2e-3, rtol=0)
+
+
+def test_antialiased_edges_stay_as_drawn() -> None:
+    """Between two areas whose unevenness goes."""
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    inside = (12.5 - torch.hypot(rows - 15.5, columns - 15.5)).clamp(0, 1)  # a disc
+    clean = (inside * 1.6 - 0.8).expand(1, 3, 32, 32)
+    drawn = clean + 0.02 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    mixed = ((inside > 0.25) & (inside < 0.75)).expand_as(clean)
+    after = flattened(drawn, 0.1)
+    assert mixed.sum() > 60 and torch.equal(after[mixed], drawn[mixed])
+    flat = ((inside == 0) | (inside == 1)).expand_as(clean)
+    assert (after - clean)[flat].std() < 0.4 * (drawn - clean)[flat].std()
 
 
 def test_a_picture_is_the_same_bits_alone_and_in_a_batch() -> None:
