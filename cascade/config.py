@@ -151,7 +151,6 @@ class UNetConfig:
     # side of the first level's learned position map; 0: none, positions come from padding
     position_grid: int = 0
     guess_width: int = 0  # of the network that guesses x_0 from the conditions alone; 0: no guess is made
-    refine_width: int = 0  # channels of the convolutions over pixels that end a network of patches; 0: none
     dropout: float = 0.0
 
 

@@ -41,10 +41,6 @@ def check(cfg: UNetConfig) -> None:
     if cfg.guess_width < 0 or (cfg.guess_width and (not grid or grid % COARSE or cfg.text_transformer)):
         expected = f"0, or with a position_grid that {COARSE} divides a positive number of channels"
         raise InputError(f"unet.guess_width {cfg.guess_width}: expected {expected}")
-    refined = cfg.patch > 1 and cfg.channels[0] % cfg.patch**2 == 0
-    if cfg.refine_width < 0 or (cfg.refine_width and not refined):
-        expected = f"0, or with a patch above 1 whose square divides channels[0], {cfg.channels[0]}"
-        raise InputError(f"unet.refine_width {cfg.refine_width}: expected {expected}")
     if cfg.channels[0] % 2:
         raise InputError(f"unet.channels starts with {cfg.channels[0]}: the time embedding needs it even")
     _check_attention(cfg)

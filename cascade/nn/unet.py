@@ -26,7 +26,6 @@ from cascade.nn.condition import ConditionEncoder, context_width, middle_attenti
 from cascade.nn.context import Context
 from cascade.nn.guess import Guess
 from cascade.nn.layers import LevelEmbedding, ResBlock, Upsample, activation, norm2d, zero_init
-from cascade.nn.refine import Refiner
 
 Block = Callable[..., ResBlock]
 
@@ -82,7 +81,6 @@ class UNet(nn.Module):
             self.down, self.middle, self.up = self._adm(block)
         self.norm_out = norm2d(cfg.norm, channels[0], cfg.norm_groups)
         self.conv_out = zero_init(nn.Conv2d(channels[0], cfg.out_channels * cfg.patch**2, 3, padding=1))
-        self.refine = Refiner(cfg, in_channels, emb_dim) if cfg.refine_width else None
         # In order of use: prepare() makes their keys and values, forward() hands them out.
         self.token_attentions = [m for m in self._in_order() if m.kv_context is not None]
 
@@ -209,9 +207,7 @@ class UNet(nn.Module):
                 h = level.resample(h) if self.efficient else self._run(level.resample, h, emb)
 
         out = self.conv_out(self.emb_act(self.norm_out(h)))
-        if self.cfg.patch > 1:
-            out = F.pixel_shuffle(out, self.cfg.patch)
-        return out if self.refine is None else out + self.refine(x, out, h, emb)
+        return F.pixel_shuffle(out, self.cfg.patch) if self.cfg.patch > 1 else out
 
     def _with_pictures(self, x: Tensor, context: Context) -> Tensor:
         """x and the pictures that are concatenated to it. Without an inpainting mask nothing is known."""

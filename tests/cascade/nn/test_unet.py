@@ -25,10 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "no tokens": dict(text_attention=(False, False), context_dim=20),
     "position maps": dict(position_grid=8),
     "guess": dict(position_grid=8, guess_width=8),
-    "refined patches": dict(patch=2, refine_width=6, norm="rms"),
-    "refined super-resolution": dict(
-        patch=2, refine_width=6, norm="rms", lowres_channels=3, image_embed_dim=None
-    ),
     "guess, two texts": dict(position_grid=8, guess_width=8, text_dims=(24, 16), context_dim=20),
 }
 
@@ -316,8 +312,6 @@ def test_a_super_resolution_network_needs_its_picture() -> None:
         (dict(patch=0), "unet.patch 0"),
         (dict(position_grid=9), "unet.position_grid 9: expected 0 or a multiple of 2"),
         (dict(position_grid=-2), "unet.position_grid -2"),
-        (dict(refine_width=8), "unet.refine_width 8: expected 0, or with a patch above 1"),
-        (dict(refine_width=-1, patch=2), "unet.refine_width -1"),
         (dict(guess_width=8), "unet.guess_width 8: expected 0, or with a position_grid that 2 divides"),
         (dict(image_tokens=-1), "unet.image_tokens -1"),
         (dict(layout="adm", strides=(2, 2)), r"unet.strides \(2, 2\): the adm layout needs \(1, 2\)"),
@@ -358,32 +352,6 @@ def test_position_maps_tell_places_apart_and_stretch_to_other_sizes() -> None:
     change = (net(x, time, Conditioning()) - before).abs().sum(1)[0]  # H W
     assert change[:3, :3].mean() > 2 * change[5:, 5:].mean()
     assert net(torch.zeros(1, 3, 12, 16), time, Conditioning()).shape == (1, 3, 12, 16)
-
-
-def test_the_refiner_starts_as_the_identity_and_sees_single_pixels() -> None:
-    """Without it all pixels of a patch come from the same few numbers, whatever theirs are."""
-    plain, net = network(patch=4), network(patch=4, refine_width=6)
-    assert net.refine is not None
-    torch.nn.init.zeros_(net.refine.conv_out.weight)  # as a new network has it: `network` fills zeros
-    torch.nn.init.zeros_(net.refine.conv_out.bias)
-    net.load_state_dict(plain.state_dict(), strict=False)
-    cond = conditions_for(net, 2)
-    x, time = (
-        torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
-        torch.tensor([9.0, 900.0]),
-    )
-    assert torch.equal(net(x, time, cond), plain(x, time, cond))
-    with torch.no_grad():
-        net.refine.conv_out.weight.normal_(generator=torch.Generator().manual_seed(2))
-    added = net(x, time, cond) - plain(x, time, cond)
-    other = x.clone()
-    other[:, :, 5, 6] += 1.0
-    own = net.refine.forward  # of equal features: what the pixels alone change
-    features, emb = torch.zeros(2, 16, 4, 4), net.emb_act(net.time(time))
-    change = own(other, x, features, emb) - own(x, x, features, emb)
-    rows, columns = change.abs().sum((0, 1)).nonzero(as_tuple=True)
-    assert rows.min() == 2 and rows.max() == 8 and columns.min() == 3 and columns.max() == 9  # 3 convolutions
-    assert not torch.allclose(added[0], added[1], atol=1e-3)
 
 
 def test_the_guess_reaches_the_network_and_learns_from_its_own_loss_alone() -> None:
