@@ -53,3 +53,10 @@ def test_command_line_writes_a_described_picture(tmp_path) -> None:
     metadata = read_png_metadata(picture)
     assert metadata["prompt"] == "cat face"
     assert metadata["seed"] == "1"
+
+
+def test_info_says_which_stages_flatten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert all("flattened by 0.1" in lines[name] for name in ("base", "sr256"))
+    assert "flattened" not in lines["sr1024"]
