@@ -237,8 +237,11 @@ class StageTask(Task):
             found, expected = list(dims), list(self.text.dims)
             raise InputError(f"{name}.stage.unet.text_dims {found}: expected the text encoder's {expected}")
         check_guess(name, self.cfg.unet.guess_width, self.settings)
-        if self.settings.vary and not (self.cfg.unet.image_embed_dim and self.cfg.unet.learned_null):
-            expected = "0, or a network that takes image embeddings and has a null text of its own"
+        told = self.cfg.unet.image_embed_dim and self.cfg.unet.learned_null
+        if self.settings.vary and not (told and self.settings.crop_px is None):
+            expected = (
+                "0, or whole pictures and a network that takes image embeddings and has its own null text"
+            )
             raise InputError(f"{name}.train.vary {self.settings.vary:g}: expected {expected}")
         self.last_unet = self.cfg.last_unet
         if self.last_unet is not None and self.settings.init_from is None:

@@ -269,7 +269,10 @@ def test_a_guess_without_pictures_or_pictures_without_a_guess(
         make_task(tiny(GUESS[0], *settings), trained, "base")
 
 
-def test_a_network_that_takes_no_embedding_is_shown_no_variants(tiny: Tiny, trained: Path) -> None:
-    message = "sr256.train.vary 0.5: expected 0, or a network that takes image embeddings"
-    with pytest.raises(InputError, match=message):
-        make_task(tiny("sr256.train.vary=0.5"), trained, "sr256")
+def test_variants_are_of_whole_pictures_and_for_networks_that_take_embeddings(
+    tiny: Tiny, trained: Path
+) -> None:
+    for stage, settings in (("sr256", []), ("base", ["base.train.crop_px=8"])):
+        message = f"{stage}.train.vary 0.5: expected 0, or whole pictures and a network that takes image emb"
+        with pytest.raises(InputError, match=message):
+            make_task(tiny(f"{stage}.train.vary=0.5", *settings), trained, stage)
