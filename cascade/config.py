@@ -81,7 +81,7 @@ class SamplingConfig:
     threshold_percentile: float = 0.995  # dynamic thresholding (Imagen 2.3)
     threshold_cap: float = math.inf  # upper bound of the dynamic threshold (DeepFloyd IF)
     flatten: float = 0.0  # bandwidth, in colours of [-1, 1], of a mean shift of the finished picture; 0: none
-    flatten_rounds: int = 8  # in each of which colours move by 2 px
+    flatten_rounds: int = 8  # in each of which a pixel sees 2 px to every side
     aug_level: float = 0.0  # noise level of the low-resolution input
     lowres_noise: Literal["once", "step"] = "once"  # step: anew at each step and half of guidance
     temperature: float = 1.0  # scale of the initial noise (GLIDE's upsampler: 0.997)

@@ -29,7 +29,7 @@ Batch = dict[str, Tensor]
 GUESS = "guess_"  # begins the names of what only the guess of x_0 learns from
 VARIED = "varied"  # rows whose embedding is made of the batch's own picture
 RAW = ("captions", "views", "tokens", "places")  # begin the names of what `complete` makes something else of
-SIZES = 16  # of how many rows variants are encoded at a time: multiples of it
+ENCODED = 16  # variants are encoded by multiples of so many
 CROP_CANDIDATES = 2  # of which the crop with more contrast is kept: much of a drawing is flat
 
 
@@ -263,8 +263,8 @@ class StageMaker(Maker):
         part = super().complete_part(part, device)
         if (varied := part.pop(VARIED, None)) is not None and len(varied):
             assert self.images is not None
-            # in few sizes: kernels are made, and kept in memory, for each that they meet
-            rows = varied.repeat(SIZES)[: len(varied) + -len(varied) % SIZES]
+            # filled up, to few sizes: kernels are made, and kept in memory, for each size that they meet
+            rows = varied.repeat(ENCODED)[: len(varied) + -len(varied) % ENCODED]
             views = to_uint8(part["x"][rows])
             with torch.autocast(views.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
                 embeds = self.images.to(device).encode(views)[: len(varied)]

@@ -239,9 +239,7 @@ class StageTask(Task):
         check_guess(name, self.cfg.unet.guess_width, self.settings)
         told = self.cfg.unet.image_embed_dim and self.cfg.unet.learned_null
         if self.settings.vary and not (told and self.settings.crop_px is None):
-            expected = (
-                "0, or whole pictures and a network that takes image embeddings and has its own null text"
-            )
+            expected = "0, or whole pictures, image embeddings and a null text of the network's own"
             raise InputError(f"{name}.train.vary {self.settings.vary:g}: expected {expected}")
         self.last_unet = self.cfg.last_unet
         if self.last_unet is not None and self.settings.init_from is None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cascade import random
 
 CHANNELS = tuple(itertools.permutations(range(3)))
-REACH = 8  # a picture is moved by up to this part of its side
+REACH = 8  # a picture is moved by up to its side divided by this, in each direction
 
 
 def variants(x: Tensor, seeds: list[int]) -> Tensor:

@@ -273,6 +273,6 @@ def test_variants_are_of_whole_pictures_and_for_networks_that_take_embeddings(
     tiny: Tiny, trained: Path
 ) -> None:
     for stage, settings in (("sr256", []), ("base", ["base.train.crop_px=8"])):
-        message = f"{stage}.train.vary 0.5: expected 0, or whole pictures and a network that takes image emb"
+        message = f"{stage}.train.vary 0.5: expected 0, or whole pictures, image embeddings and a null"
         with pytest.raises(InputError, match=message):
             make_task(tiny(f"{stage}.train.vary=0.5", *settings), trained, stage)
