@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import EllipsisType
+
 import torch
 from torch import Tensor
 
 RADIUS = 2  # px: in one round a pixel sees the 5 x 5 around it
-# How many of these (by weight) must be like it for a pixel to stay as drawn, and to be all moved.
+# How many of these (by weight) must be like it for a pixel to begin to move, and to move all the way.
 FEW, ENOUGH = 5.0, 7.5
+
+Part = tuple[EllipsisType, slice, slice]  # rows and columns of pictures
 
 
 def flattened(drawn: Tensor, bandwidth: float, rounds: int = 8) -> Tensor:
@@ -24,15 +28,11 @@ def flattened(drawn: Tensor, bandwidth: float, rounds: int = 8) -> Tensor:
     of 255. Unevenness as wide as a base network's patches takes more rounds than the grain of a
     super-resolution stage.
     """
-    _, _, height, width = drawn.shape
+    pairs = _pairs(*drawn.shape[-2:])
     x, weights = drawn, torch.ones_like(drawn[:, :1])
     for _ in range(rounds):
         total, weights = x.clone(), torch.ones_like(x[:, :1])  # each pixel's own share
-        for dy, dx in _half_window(height, width):
-            rows, others = slice(dy, height), slice(0, height - dy)
-            columns = slice(max(dx, 0), width + min(dx, 0))
-            partners = slice(max(-dx, 0), width - max(dx, 0))
-            here, there = (..., rows, columns), (..., others, partners)
+        for here, there in pairs:
             distance = (x[here] - x[there]).square().sum(dim=1, keepdim=True)
             weight = torch.exp(distance / (-2 * bandwidth**2))  # the same for both of the pair
             total[here] += weight * x[there]
@@ -43,7 +43,14 @@ def flattened(drawn: Tensor, bandwidth: float, rounds: int = 8) -> Tensor:
     return torch.lerp(drawn, x, ((weights - FEW) / (ENOUGH - FEW)).clamp(0, 1))
 
 
-def _half_window(height: int, width: int) -> list[tuple[int, int]]:
-    """Offsets (dy, dx) of the window, one of each pair that are opposite, that fit in a picture."""
-    across = range(-min(RADIUS, width - 1), min(RADIUS, width - 1) + 1)
-    return [(dy, dx) for dy in range(min(RADIUS, height - 1) + 1) for dx in across if dy > 0 or dx > 0]
+def _pairs(height: int, width: int) -> list[tuple[Part, Part]]:
+    """Parts of a picture, two and two, whose pixels are one another's neighbours: one of each two opposite
+    offsets in the window, as both make the same pairs."""
+    pairs = []
+    for dy in range(min(RADIUS, height - 1) + 1):
+        for dx in range(-min(RADIUS, width - 1), min(RADIUS, width - 1) + 1):
+            if dy > 0 or dx > 0:
+                here = (..., slice(dy, height), slice(max(dx, 0), width + min(dx, 0)))
+                there = (..., slice(0, height - dy), slice(max(-dx, 0), width - max(dx, 0)))
+                pairs.append((here, there))
+    return pairs

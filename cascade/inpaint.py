@@ -69,13 +69,13 @@ class Known:
     def kept_by(self, denoise: Denoise, base: Tensor | None = None) -> Denoise:
         """`denoise` with the known part in its estimates of x_0, or of x_0 minus `base` where that is what
         it estimates."""
-        picture = self.picture if base is None else self.picture - base
+        known = self if base is None else Known(self.picture - base, self.mask)
 
         def kept(x: Tensor, logsnr: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             estimate = denoise(x, logsnr)
             if isinstance(estimate, tuple):
-                return torch.where(self.mask, picture, estimate[0]), estimate[1]
-            return torch.where(self.mask, picture, estimate)
+                return known.over(estimate[0]), estimate[1]
+            return known.over(estimate)
 
         return kept
 
