@@ -35,8 +35,8 @@ from eval.sheet import captioned_sheet
 ATTRIBUTES = {"style": HEADS, "tone": COLOURS, "gender": HEADS}
 CELL = "cell"  # attribute of a picture that is one of a grid of skin tone, gender and profession
 MATCHING = Training()
-# Noise as large as the features' own spread: with a twentieth of it real pictures of unseen cells lose a point
-# of tone, and a hair's colour or a slightly uneven face decides.
+# Noise as large as the features' own spread: with a twentieth of it the tone of real pictures of unseen cells
+# is told a point less often.
 CLASSIFYING = Training(width=256, epochs=50, batch=256, lr=2e-3, dropout=0.2, noise=1.0)
 SHOWN = 64  # mistakes on a sheet
 
