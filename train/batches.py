@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -30,6 +31,8 @@ GUESS = "guess_"  # begins the names of what only the guess of x_0 learns from
 VARIED = "varied"  # rows whose embedding is made of the batch's own picture
 RAW = ("captions", "views", "tokens", "places")  # begin the names of what `complete` makes something else of
 ENCODED = 16  # variants are encoded by multiples of so many
+NEAR = 16  # so many embeddings are like one, for `train.image_blend`
+ITSELF = 1 - 1e-4  # cosine from which an embedding is that of the same picture
 CROP_CANDIDATES = 2  # of which the crop with more contrast is kept: much of a drawing is flat
 
 
@@ -261,6 +264,9 @@ class StageMaker(Maker):
 
     def complete_part(self, part: Batch, device: torch.device | str) -> Batch:
         part = super().complete_part(part, device)
+        if (draws := part.pop("embed_blend", None)) is not None:
+            self._others = self._others.to(device)  # which it then stays on
+            part["image_embed"] = blended(part["image_embed"], self._others, draws)
         if (varied := part.pop(VARIED, None)) is not None and len(varied):
             assert self.images is not None
             # filled up, to few sizes: kernels are made, and kept in memory, for each size that they meet
@@ -295,7 +301,18 @@ class StageMaker(Maker):
         batch |= self.keep(seeds) | self.embeds(samples)
         if self.cfg.unet.image_embed_dim and self.train.image_noise:
             batch["embed_noise"] = random.normal((self.cfg.unet.image_embed_dim,), seeds, "embed_noise")
+        if self.train.image_blend:
+            chance, near, far = random.uniform(seeds, "embed_blend", count=3).unbind(1)  # B, B, B
+            chosen = chance < self.train.image_blend
+            batch["embed_blend"] = torch.stack([near, far * chosen], dim=1)
+            batch["keep_text"] |= chosen[:, None]  # nothing else tells which of the two it is
         return batch
+
+    @cached_property
+    def _others(self) -> Tensor:
+        """Embeddings of the training pictures, or of many of them, at length 1. N D."""
+        assert self.images is not None
+        return F.normalize(self.images.sample().float(), dim=1)
 
     def guessed(self, samples: list[Sample], seeds: list[int]) -> Batch:
         return self._told(whole(samples), samples, seeds, means=True)
@@ -316,6 +333,18 @@ class StageMaker(Maker):
 def guess_part(batch: Batch) -> Batch:
     """What a batch holds for the guess of x_0 alone; empty where its network makes none."""
     return {name.removeprefix(GUESS): x for name, x in batch.items() if name.startswith(GUESS)}
+
+
+def blended(embeds: Tensor, others: Tensor, draws: Tensor) -> Tensor:
+    """Embeddings, B D, turned towards one of the `NEAR` likest of `others`, N D of length 1; which one and
+    how far are the columns of `draws`, B 2, in [0, 1). So a prior errs: it takes a thing for one like it."""
+    length = embeds.float().norm(dim=1, keepdim=True)
+    own, far = embeds.float() / length, draws[:, 1:].float()
+    alike = own @ others.T  # B N
+    near = alike.masked_fill(alike > ITSELF, -1.0).topk(min(NEAR, len(others)), dim=1).indices  # B K
+    chosen = near.gather(1, (draws[:, :1] * near.shape[1]).long())[:, 0]  # B
+    moved = length * F.normalize(torch.lerp(own, others[chosen], far), dim=1)
+    return torch.where(far > 0, moved.to(embeds), embeds)
 
 
 def best_crop(picture: Tensor, crop: int, multiple: int, seed: int) -> Tensor:

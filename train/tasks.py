@@ -238,6 +238,9 @@ class StageTask(Task):
             raise InputError(f"{name}.stage.unet.text_dims {found}: expected the text encoder's {expected}")
         check_guess(name, self.cfg.unet.guess_width, self.settings)
         told = self.cfg.unet.image_embed_dim and self.cfg.unet.learned_null
+        if self.settings.image_blend and not (told and dims):
+            expected = "0, or texts, image embeddings and nulls of the network's own"
+            raise InputError(f"{name}.train.image_blend {self.settings.image_blend:g}: expected {expected}")
         if self.settings.vary and not (told and self.settings.crop_px is None):
             expected = "0, or whole pictures, image embeddings and a null text of the network's own"
             raise InputError(f"{name}.train.vary {self.settings.vary:g}: expected {expected}")

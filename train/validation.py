@@ -53,9 +53,9 @@ class Validation:
         self.pictures = heldout[spread]
         self.chunk = len(self.pictures) if contrastive else CHUNK
         self._make = copy(task.make)
-        # what a guess learns from is no sample; captions stay where dropout would empty them, pictures as
-        # they are
-        self._make.train = replace(task.make.train, guess_batch=0, text_drop=0.0, vary=0.0)
+        # what a guess learns from is no sample; captions stay where dropout would empty them, pictures and
+        # embeddings as they are
+        self._make.train = replace(task.make.train, guess_batch=0, text_drop=0.0, image_blend=0.0, vary=0.0)
         self._make.reader = Reader(task.pictures, Held(self.pictures))
 
     def __bool__(self) -> bool:

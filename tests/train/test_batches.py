@@ -23,6 +23,7 @@ from train.batches import (
     PriorMaker,
     StageMaker,
     best_crop,
+    blended,
     conditioning_of,
     guess_part,
     text_batch,
@@ -311,9 +312,43 @@ def test_image_noise_is_of_the_embeddings_own_scale(make: Make) -> None:
         assert not torch.equal(gap[0], gap[1])
 
 
-def test_of_a_variant_only_its_own_embedding_is_told(make: Make) -> None:
+def test_a_blended_embedding_lies_between_its_own_and_one_of_the_likest() -> None:
+    turn = torch.arange(40) * 0.05  # angles on a circle
+    others = torch.stack([turn.cos(), turn.sin()], dim=1)
+    near = torch.tensor([0.0, 0.999])  # of picture 0: the next, at 0.05, and the sixteenth, at 0.8
+    for far in (0.25, 0.999):
+        # of length 3, as not every CLIP's are unit vectors
+        found = blended(
+            3 * others[:1].expand(2, 2), others, torch.stack([near, torch.full((2,), far)], dim=1)
+        )
+        for row, angle in zip(found, (0.05, 0.8), strict=True):
+            chord = torch.lerp(others[0], torch.tensor([np.cos(angle), np.sin(angle)]).float(), far)
+            torch.testing.assert_close(row, 3 * chord / chord.norm(), atol=1e-5, rtol=0)
+    alone = blended(others[:3], others, torch.tensor([[0.5, 0.0]]).expand(3, 2))
+    assert torch.equal(alone, others[:3])
+
+
+def test_what_is_told_a_blended_embedding_is_told_its_text(make: Make) -> None:
     plain = batch_of(make("base", *GUESS, "base.train.image_noise=0"), 3)
-    maker = make("base", *GUESS, "base.train.image_noise=0", "base.train.vary=0.5")
+    setting = "base.train.image_blend=0.5"
+    batch = batch_of(make("base", *GUESS, "base.train.image_noise=0", setting), 3)
+    for part in ("", "guess_"):
+        moved = (batch[f"{part}image_embed"] != plain[f"{part}image_embed"]).any(1)  # B
+        assert 0 < moved.sum() < len(moved)
+        assert batch[f"{part}keep_text"][moved].all()
+        for name in ("x", "keep_image"):
+            assert torch.equal(batch[part + name], plain[part + name]), name
+        assert torch.equal(batch[f"{part}keep_text"][~moved], plain[f"{part}keep_text"][~moved])
+    parts = [batch_of(make("base", "base.train.image_noise=0", setting), 3, rank=r, world=2) for r in (0, 1)]
+    rows = torch.stack([p["image_embed"] for p in parts], dim=1).flatten(0, 1)
+    torch.testing.assert_close(rows, batch["image_embed"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5])
+def test_of_a_variant_only_its_own_embedding_is_told(make: Make, blend: float) -> None:
+    settings = (*GUESS, "base.train.image_noise=0", f"base.train.image_blend={blend}")
+    plain = batch_of(make("base", *settings), 3)
+    maker = make("base", *settings, "base.train.vary=0.5")
     assert isinstance(maker, StageMaker) and maker.images is not None
     batch = batch_of(maker, 3)
     for part in ("", "guess_"):

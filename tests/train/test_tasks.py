@@ -269,6 +269,12 @@ def test_a_guess_without_pictures_or_pictures_without_a_guess(
         make_task(tiny(GUESS[0], *settings), trained, "base")
 
 
+def test_embeddings_are_blended_for_networks_that_take_them(tiny: Tiny, trained: Path) -> None:
+    message = "sr256.train.image_blend 0.5: expected 0, or texts, image embeddings and nulls"
+    with pytest.raises(InputError, match=message):
+        make_task(tiny("sr256.train.image_blend=0.5"), trained, "sr256")
+
+
 def test_variants_are_of_whole_pictures_and_for_networks_that_take_embeddings(
     tiny: Tiny, trained: Path
 ) -> None:
