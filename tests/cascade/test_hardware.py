@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cascade.hardware import network_dtype, place_network
+from cascade.hardware import ALIGNMENT, network_dtype, place_network
 
 
 @pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
@@ -24,3 +24,13 @@ def test_a_placed_network_is_frozen_channels_last_and_in_evaluation_mode() -> No
     weight = conv.weight
     assert weight.dtype == torch.bfloat16 and weight.is_contiguous(memory_format=torch.channels_last)
     assert not network.training and not weight.requires_grad
+
+
+def test_a_weight_read_in_place_from_a_file_is_aligned() -> None:
+    conv = nn.Conv2d(1, 8, 3)
+    values = conv.weight.detach().flatten()
+    conv.weight.data = torch.cat([values.new_zeros(1), values])[1:].view(conv.weight.shape)
+    assert conv.weight.data_ptr() % ALIGNMENT
+    weight = place_network(conv, "cpu", torch.float32).weight
+    assert weight.data_ptr() % ALIGNMENT == 0
+    assert torch.equal(weight.flatten(), values)
