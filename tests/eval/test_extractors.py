@@ -42,7 +42,7 @@ TEXTS = ["a red apple", "two cats, one of them green"]
 
 
 def rows(extractor: Any, *pictures: Tensor, texts: list[str] | None = None) -> Tensor:
-    extractor.to("cpu")
+    """Of an extractor as it was made: in evaluation mode before it is moved anywhere, too."""
     return extractor.encode([extractor.prepare(p) for p in pictures], texts or [""] * len(pictures))
 
 
