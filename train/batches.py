@@ -139,12 +139,31 @@ class Maker(ABC):
             return {"view": self.images.view(index)}
         return {"embed": self.images(index)}
 
-    def embeds(self, samples: list[Sample]) -> Batch:
+    def embeds(self, samples: list[Sample], seeds: list[int]) -> Batch:
         """`image_embed` B D, or `views` B 3 H W, or nothing in a stage that takes none."""
+        if self.train.image_siblings:
+            mixed = zip(samples, seeds, self.among_siblings(seeds).tolist(), strict=True)
+            return {"image_embed": torch.stack([self._sibling_mean(*m) for m in mixed])}
         for name, rows in (("image_embed", [s.embed for s in samples]), ("views", [s.view for s in samples])):
             if found := [row for row in rows if row is not None]:
                 return {name: torch.stack(found)}
         return {}
+
+    def among_siblings(self, seeds: list[int]) -> Tensor:
+        """Of which samples the embedding is a mean over their subject's pictures, B."""
+        return random.uniform(seeds, "siblings")[:, 0] < self.train.image_siblings
+
+    def _sibling_mean(self, sample: Sample, seed: int, mixed: bool) -> Tensor:
+        """A mean of the embeddings of the subject's pictures, D, its weights uniform on their simplex, at the
+        length of the picture's own; without `mixed` its own."""
+        own = sample.embed
+        assert own is not None and self.images is not None
+        places = self.pictures.siblings(sample.index)
+        if not mixed or len(places) == 1:
+            return own
+        weights = -(-random.uniform([seed], "sibling_weights", count=len(places))[0]).log1p()
+        rows = F.normalize(torch.stack([self.images(place).float() for place in places]), dim=1)
+        return (own.float().norm() * F.normalize(weights.float() @ rows, dim=0)).to(own.dtype)
 
     def captions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
         """A caption a sample by the captions' weights: tokens0, places0, tokens1, ... by token sequence, or
@@ -222,7 +241,7 @@ class PriorMaker(Maker):
     def draw(self, positions: list[int], seeds: list[int]) -> Batch:
         samples = self.read_at(positions)
         return {
-            **self.embeds(samples),
+            **self.embeds(samples, seeds),
             "noise": random.normal((self.embed_dim,), seeds, "noise"),
             "t": self.times(positions, seeds),
             **self.captions(samples, seeds),
@@ -231,7 +250,7 @@ class PriorMaker(Maker):
         }
 
     def guessed(self, samples: list[Sample], seeds: list[int]) -> Batch:
-        return self.embeds(samples) | self.captions(samples, seeds, means=True)
+        return self.embeds(samples, seeds) | self.captions(samples, seeds, means=True)
 
 
 class StageMaker(Maker):
@@ -298,7 +317,7 @@ class StageMaker(Maker):
 
     def _conditions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
         batch = self.captions(samples, seeds, means) if self.cfg.unet.text_dims else {}
-        batch |= self.keep(seeds) | self.embeds(samples)
+        batch |= self.keep(seeds) | self.embeds(samples, seeds)
         if self.cfg.unet.image_embed_dim and self.train.image_noise:
             batch["embed_noise"] = random.normal((self.cfg.unet.image_embed_dim,), seeds, "embed_noise")
         if self.train.image_blend:
@@ -306,6 +325,8 @@ class StageMaker(Maker):
             chosen = chance < self.train.image_blend
             batch["embed_blend"] = torch.stack([near, far * chosen], dim=1)
             batch["keep_text"] |= chosen[:, None]  # nothing else tells which of the two it is
+        if self.train.image_siblings:
+            batch["keep_text"] |= self.among_siblings(seeds)[:, None]  # likewise
         return batch
 
     @cached_property

@@ -80,6 +80,9 @@ class TrainConfig:
     image_drop: float = 0.1
     image_noise: float = 0.0  # on CLIP image embeddings, in their standard deviations: the prior errs as well
     image_blend: float = 0.0  # share of pictures told an embedding between their own and a similar one's
+    # share of pictures whose embedding is a random mean of those of all pictures of their subject; which one
+    # of them is meant, the text alone tells
+    image_siblings: float = 0.0
     vary: float = 0.0  # share of pictures shown changed and told by their embedding alone (train.vary)
     guess_batch: int = 0  # pictures a step beside the batch, from which the guess of x_0 learns (guess_width)
     crop_px: int | None = None  # side of the random training crop; None: the whole picture
@@ -114,7 +117,7 @@ class TrainConfig:
         self._expect("ema_sigma_rel", widths, "numbers from 0.01 to 0.28")
         self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
         self._expect("grad_clip", self.grad_clip > 0, "a number above 0, or inf")
-        for name in ("ema", "text_drop", "image_drop", "image_blend", "vary"):
+        for name in ("ema", "text_drop", "image_drop", "image_blend", "image_siblings", "vary"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "numbers from 0 to below 1")
         self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")

@@ -122,6 +122,7 @@ class ClipTask(Task):
         self.cfg = part.model
         check_width("clip.model.text_dim", self.cfg.text_dim, self.text.dims, self.cfg.text_sequence)
         check_guess("clip", 0, self.settings)
+        check_siblings("clip", False, self.settings)
         self.network = CLIP(self.cfg)
         self.network.build_vision()
         self.make = ClipMaker(recipe, self.pictures, self.text)
@@ -186,6 +187,7 @@ class PriorTask(Task):
         check_guess("prior", cfg.guess_width, self.settings)
         self.clip, self.prediction = load_clip(recipe, out), cfg.prediction
         images = open_images(recipe, out, self.pictures)
+        check_siblings("prior", images.cache is not None, self.settings)
         self.network = DiffusionPrior(cfg)
         if self.settings.init_from is None:  # else it goes on with those it knows
             self.network.fit_statistics(images.sample())
@@ -251,6 +253,8 @@ class StageTask(Task):
         self.stage = Stage(replace(self.cfg, last_unet=None))
         self.network = self.stage.unet
         images = open_images(recipe, out, self.pictures) if self.cfg.unet.image_embed_dim else None
+        stored = images is not None and images.cache is not None
+        check_siblings(name, bool(told and dims and stored), self.settings)
         self.make = StageMaker(recipe, name, self.pictures, self.text, images)
         if dims and not self.cfg.unet.learned_null:
             self.text.with_null()
@@ -318,6 +322,13 @@ def check_guess(name: str, width: int, settings: TrainConfig) -> None:
         expected = "0" if settings.guess_batch else f"a multiple of batch, {settings.batch}"
         found = f"{name}.train.guess_batch {settings.guess_batch}"
         raise InputError(f"{found}: expected {expected}, for guess_width {width}")
+
+
+def check_siblings(name: str, stored: bool, settings: TrainConfig) -> None:
+    """Refuse means over siblings where no embeddings are at hand to be averaged."""
+    if settings.image_siblings and not stored:
+        expected = "0, or texts, image embeddings that are stored, and nulls of the network's own"
+        raise InputError(f"{name}.train.image_siblings {settings.image_siblings:g}: expected {expected}")
 
 
 def check_width(key: str, width: int, dims: tuple[int, ...], sequence: int) -> None:

@@ -55,7 +55,8 @@ class Validation:
         self._make = copy(task.make)
         # what a guess learns from is no sample; captions stay where dropout would empty them, pictures and
         # embeddings as they are
-        self._make.train = replace(task.make.train, guess_batch=0, text_drop=0.0, image_blend=0.0, vary=0.0)
+        plain = dict(guess_batch=0, text_drop=0.0, image_blend=0.0, image_siblings=0.0, vary=0.0)
+        self._make.train = replace(task.make.train, **plain)
         self._make.reader = Reader(task.pictures, Held(self.pictures))
 
     def __bool__(self) -> bool:

@@ -344,6 +344,45 @@ def test_what_is_told_a_blended_embedding_is_told_its_text(make: Make) -> None:
     torch.testing.assert_close(rows, batch["image_embed"], atol=1e-5, rtol=0)
 
 
+def test_an_embedding_of_siblings_is_a_mean_over_their_subject(make: Make, pictures: EmojiPictures) -> None:
+    settings = ("base.train.image_noise=0", "base.train.image_siblings=0.6")
+    maker, plain = make("base", *GUESS, *settings), batch_of(make("base", *GUESS, settings[0]), 3)
+    batch = batch_of(maker, 3)
+    assert maker.images is not None
+    mixed = 0
+    for part, positions in (("", range(24, 32)), ("guess_", range(48, 64))):
+        samples = maker.read_at(list(positions))
+        for row, sample in enumerate(samples):
+            places = pictures.siblings(sample.index)
+            assert sample.index in places and all(p in pictures.train for p in places)
+            found, own = batch[f"{part}image_embed"][row], plain[f"{part}image_embed"][row]
+            assert found.norm() == pytest.approx(float(own.norm()), abs=1e-3)
+            if torch.equal(found, own):
+                continue
+            mixed += 1
+            assert batch[f"{part}keep_text"][row].all()
+            rows = torch.stack([maker.images(p).float() for p in places])
+            weights = torch.linalg.lstsq(rows.T, found[:, None].float()).solution[:, 0]
+            torch.testing.assert_close(weights @ rows, found.float(), atol=2e-3, rtol=0)
+            assert (weights > 0).all()
+        for name in ("x", "keep_image"):
+            assert torch.equal(batch[part + name], plain[part + name]), name
+    assert 0 < mixed < 24
+    halves = [batch_of(make("base", *settings), 3, rank=r, world=2) for r in (0, 1)]
+    rows = torch.stack([h["image_embed"] for h in halves], dim=1).flatten(0, 1)
+    assert torch.equal(rows, batch["image_embed"])
+
+
+def test_a_prior_is_asked_for_means_over_siblings(make: Make) -> None:
+    settings = ["prior.model.guess_width=8", "prior.train.guess_batch=16"]
+    plain = batch_of(make("prior", *settings), 3)
+    batch = batch_of(make("prior", *settings, "prior.train.image_siblings=1"), 3)
+    for part in ("", "guess_"):
+        assert not torch.equal(batch[f"{part}image_embed"], plain[f"{part}image_embed"])
+        assert torch.equal(batch[f"{part}states0"], plain[f"{part}states0"])
+        assert part or torch.equal(batch["keep_text"], plain["keep_text"])
+
+
 @pytest.mark.parametrize("blend", [0.0, 0.5])
 def test_of_a_variant_only_its_own_embedding_is_told(make: Make, blend: float) -> None:
     settings = (*GUESS, "base.train.image_noise=0", f"base.train.image_blend={blend}")

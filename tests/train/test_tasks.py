@@ -275,6 +275,13 @@ def test_embeddings_are_blended_for_networks_that_take_them(tiny: Tiny, trained:
         make_task(tiny("sr256.train.image_blend=0.5"), trained, "sr256")
 
 
+@pytest.mark.parametrize("stage", ["clip", "sr256"])
+def test_siblings_are_for_stages_that_take_stored_embeddings(tiny: Tiny, trained: Path, stage: str) -> None:
+    message = f"{stage}.train.image_siblings 0.5: expected 0, or texts, image embeddings that are stored"
+    with pytest.raises(InputError, match=message):
+        make_task(tiny(f"{stage}.train.image_siblings=0.5"), trained, stage)
+
+
 def test_variants_are_of_whole_pictures_and_for_networks_that_take_embeddings(
     tiny: Tiny, trained: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,17 @@ class EmojiPictures(PictureSet):
 
     def name(self, index: int) -> str:
         return self.records[index]["file_name"]
+
+    def siblings(self, index: int) -> Sequence[int]:
+        """The same emoji in the styles in which it is for training."""
+        return self._subjects[self.records[index]["label"]]
+
+    @cached_property
+    def _subjects(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for index in self.train:
+            found.setdefault(self.records[index]["label"], []).append(index)
+        return found
 
     def encoded(self, index: int) -> bytes:
         return read_file(self.name(index), self.folder / self.name(index))

@@ -68,6 +68,10 @@ class PictureSet(ABC):
         """Equal for pictures of the same principal caption, which are positives of each other in CLIP."""
         return random.key(0, self.captions(index)[0])
 
+    def siblings(self, index: int) -> Sequence[int]:
+        """The training pictures of the same subject, of which a set may have several, itself among them."""
+        return [index]
+
     def picture(self, index: int) -> Tensor:
         """One picture at its full size: 3 H W, uint8. Raises BadPicture."""
         return decode(self.name(index), self.encoded(index), self.cfg.max_pixels)
