@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -141,29 +141,31 @@ class Maker(ABC):
 
     def embeds(self, samples: list[Sample], seeds: list[int]) -> Batch:
         """`image_embed` B D, or `views` B 3 H W, or nothing in a stage that takes none."""
-        if self.train.image_siblings:
-            mixed = zip(samples, seeds, self.among_siblings(seeds).tolist(), strict=True)
-            return {"image_embed": torch.stack([self._sibling_mean(*m) for m in mixed])}
+        mixed = self.of_siblings(samples, seeds)
+        if mixed.any():
+            chosen = zip(samples, seeds, mixed.tolist(), strict=True)
+            samples = [replace(s, embed=self._sibling_mean(s, seed)) if m else s for s, seed, m in chosen]
         for name, rows in (("image_embed", [s.embed for s in samples]), ("views", [s.view for s in samples])):
             if found := [row for row in rows if row is not None]:
                 return {name: torch.stack(found)}
         return {}
 
-    def among_siblings(self, seeds: list[int]) -> Tensor:
-        """Of which samples the embedding is a mean over their subject's pictures, B."""
-        return random.uniform(seeds, "siblings")[:, 0] < self.train.image_siblings
+    def of_siblings(self, samples: list[Sample], seeds: list[int]) -> Tensor:
+        """Of which samples the embedding is a mean over all pictures of their subject, B."""
+        if not self.train.image_siblings:
+            return torch.zeros(len(samples), dtype=torch.bool)
+        several = torch.tensor([len(self.pictures.siblings(sample.index)) > 1 for sample in samples])
+        return several & (random.uniform(seeds, "siblings")[:, 0] < self.train.image_siblings)
 
-    def _sibling_mean(self, sample: Sample, seed: int, mixed: bool) -> Tensor:
+    def _sibling_mean(self, sample: Sample, seed: int) -> Tensor:
         """A mean of the embeddings of the subject's pictures, D, its weights uniform on their simplex, at the
-        length of the picture's own; without `mixed` its own."""
-        own = sample.embed
-        assert own is not None and self.images is not None
+        length of the picture's own."""
+        assert sample.embed is not None and self.images is not None
         places = self.pictures.siblings(sample.index)
-        if not mixed or len(places) == 1:
-            return own
-        weights = -(-random.uniform([seed], "sibling_weights", count=len(places))[0]).log1p()
+        weights = -torch.log1p(-random.uniform([seed], "sibling_weights", count=len(places))[0])
         rows = F.normalize(torch.stack([self.images(place).float() for place in places]), dim=1)
-        return (own.float().norm() * F.normalize(weights.float() @ rows, dim=0)).to(own.dtype)
+        mean = F.normalize(weights.float() @ rows, dim=0)
+        return (sample.embed.float().norm() * mean).to(sample.embed.dtype)
 
     def captions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
         """A caption a sample by the captions' weights: tokens0, places0, tokens1, ... by token sequence, or
@@ -326,7 +328,7 @@ class StageMaker(Maker):
             batch["embed_blend"] = torch.stack([near, far * chosen], dim=1)
             batch["keep_text"] |= chosen[:, None]  # nothing else tells which of the two it is
         if self.train.image_siblings:
-            batch["keep_text"] |= self.among_siblings(seeds)[:, None]  # likewise
+            batch["keep_text"] |= self.of_siblings(samples, seeds)[:, None]  # likewise
         return batch
 
     @cached_property

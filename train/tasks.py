@@ -34,7 +34,7 @@ from train.batches import (
 )
 from train.components import PRIOR_SAMPLING, class_of, load_clip, open_images, start_from
 from train.data import open_pictures
-from train.encoded import TextStore
+from train.encoded import ImageStore, TextStore
 from train.grids import prompt_sheet, upsampling_sheet
 from train.lora import adapter_tensors, base_tensors, inject
 from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe, TrainConfig
@@ -66,6 +66,14 @@ class Task(nn.Module):
             self.beside = start_from(self.network, source, self.name, self.prediction, last)
         if self.settings.lora is not None:
             inject(self.network, self.settings.lora, f"{self.name}.train.lora")
+
+    def check_siblings(self, images: ImageStore | None) -> None:
+        """Refuse means over siblings in a stage that is told none, or where no embeddings are at hand to be
+        averaged. images: of a stage that can be told them."""
+        share, stored = self.settings.image_siblings, images is not None and images.cache is not None
+        if share and (images is None or (self.pictures.subjects and not stored)):
+            expected = "0, or texts, image embeddings that are stored, and nulls of the network's own"
+            raise InputError(f"{self.name}.train.image_siblings {share:g}: expected {expected}")
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -122,7 +130,7 @@ class ClipTask(Task):
         self.cfg = part.model
         check_width("clip.model.text_dim", self.cfg.text_dim, self.text.dims, self.cfg.text_sequence)
         check_guess("clip", 0, self.settings)
-        check_siblings("clip", False, self.settings)
+        self.check_siblings(None)
         self.network = CLIP(self.cfg)
         self.network.build_vision()
         self.make = ClipMaker(recipe, self.pictures, self.text)
@@ -187,7 +195,7 @@ class PriorTask(Task):
         check_guess("prior", cfg.guess_width, self.settings)
         self.clip, self.prediction = load_clip(recipe, out), cfg.prediction
         images = open_images(recipe, out, self.pictures)
-        check_siblings("prior", images.cache is not None, self.settings)
+        self.check_siblings(images)
         self.network = DiffusionPrior(cfg)
         if self.settings.init_from is None:  # else it goes on with those it knows
             self.network.fit_statistics(images.sample())
@@ -253,8 +261,7 @@ class StageTask(Task):
         self.stage = Stage(replace(self.cfg, last_unet=None))
         self.network = self.stage.unet
         images = open_images(recipe, out, self.pictures) if self.cfg.unet.image_embed_dim else None
-        stored = images is not None and images.cache is not None
-        check_siblings(name, bool(told and dims and stored), self.settings)
+        self.check_siblings(images if told and dims else None)
         self.make = StageMaker(recipe, name, self.pictures, self.text, images)
         if dims and not self.cfg.unet.learned_null:
             self.text.with_null()
@@ -322,13 +329,6 @@ def check_guess(name: str, width: int, settings: TrainConfig) -> None:
         expected = "0" if settings.guess_batch else f"a multiple of batch, {settings.batch}"
         found = f"{name}.train.guess_batch {settings.guess_batch}"
         raise InputError(f"{found}: expected {expected}, for guess_width {width}")
-
-
-def check_siblings(name: str, stored: bool, settings: TrainConfig) -> None:
-    """Refuse means over siblings where no embeddings are at hand to be averaged."""
-    if settings.image_siblings and not stored:
-        expected = "0, or texts, image embeddings that are stored, and nulls of the network's own"
-        raise InputError(f"{name}.train.image_siblings {settings.image_siblings:g}: expected {expected}")
 
 
 def check_width(key: str, width: int, dims: tuple[int, ...], sequence: int) -> None:

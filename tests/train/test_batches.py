@@ -29,6 +29,7 @@ from train.batches import (
     text_batch,
 )
 from train.data.emoji import EmojiPictures
+from train.data.pictures import PictureSet
 from train.encoded import ImageStore, TextStore
 from train.recipe import ORDER, Recipe
 
@@ -371,6 +372,15 @@ def test_an_embedding_of_siblings_is_a_mean_over_their_subject(make: Make, pictu
     halves = [batch_of(make("base", *settings), 3, rank=r, world=2) for r in (0, 1)]
     rows = torch.stack([h["image_embed"] for h in halves], dim=1).flatten(0, 1)
     assert torch.equal(rows, batch["image_embed"])
+
+
+def test_where_no_subject_has_several_pictures_nothing_changes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmojiPictures, "siblings", PictureSet.siblings)
+    plain, batch = (batch_of(make("base", *GUESS, f"base.train.image_siblings={s}"), 3) for s in (0, 1))
+    assert plain.keys() == batch.keys()
+    assert all(torch.equal(plain[name], batch[name]) for name in plain)
 
 
 def test_a_prior_is_asked_for_means_over_siblings(make: Make) -> None:

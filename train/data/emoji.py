@@ -38,6 +38,8 @@ CACHED_PX = 256  # larger pictures are decoded one by one: all of them would fit
 class EmojiPictures(PictureSet):
     """`records` are the lines of metadata.jsonl in the styles of the recipe."""
 
+    subjects = True
+
     def __init__(self, cfg: DataConfig) -> None:
         super().__init__(cfg)
         rows = _read_records(self.folder / "metadata.jsonl")

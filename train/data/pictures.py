@@ -31,6 +31,7 @@ class PictureSet(ABC):
 
     train: Sequence[int] | np.ndarray
     heldout: Sequence[int] | np.ndarray
+    subjects = False  # whether several pictures may be of one subject
 
     def __init__(self, cfg: DataConfig) -> None:
         self.cfg, self.folder = cfg, Path(cfg.folder)
