@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade.nn.unet import UNet
@@ -19,9 +20,10 @@ Tiny = Callable[..., Recipe]
 
 
 def real(recipe: Recipe, stage: str) -> tuple[nn.Module, float]:
-    """The stage's network, and the FLOPs of one image's forward pass counted as it really runs."""
+    """The stage's network, and the FLOPs of one image's forward pass counted as it really runs, attention as
+    matrix products."""
     network, run = _network(recipe, stage)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run(2)
     return network, counter.get_total_flops() / 2
 
