@@ -71,6 +71,7 @@ class Maker(ABC):
 
     images: ImageStore | None = None  # where image embeddings come from, in a stage that takes them
     learned_null = True  # False: the empty caption stands for one that is dropped
+    own_among_siblings = True  # in a mean over the pictures of a subject
 
     def __init__(self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore, px: int) -> None:
         """px: the size that the stage needs a picture to have."""
@@ -151,7 +152,7 @@ class Maker(ABC):
         return {}
 
     def of_siblings(self, samples: list[Sample], seeds: list[int]) -> Tensor:
-        """Of which samples the embedding is a mean over all pictures of their subject, B."""
+        """Of which samples the embedding is a mean over pictures of their subject, B."""
         if not self.train.image_siblings:
             return torch.zeros(len(samples), dtype=torch.bool)
         several = torch.tensor([len(self.pictures.siblings(sample.index)) > 1 for sample in samples])
@@ -162,6 +163,8 @@ class Maker(ABC):
         length of the picture's own."""
         assert sample.embed is not None and self.images is not None
         places = self.pictures.siblings(sample.index)
+        if not self.own_among_siblings:
+            places = [place for place in places if place != sample.index]
         weights = -torch.log1p(-random.uniform([seed], "sibling_weights", count=len(places))[0])
         rows = F.normalize(torch.stack([self.images(place).float() for place in places]), dim=1)
         mean = F.normalize(weights.float() @ rows, dim=0)
@@ -256,6 +259,8 @@ class PriorMaker(Maker):
 
 
 class StageMaker(Maker):
+    own_among_siblings = False  # the others tell what the subject is, the text which of its pictures is meant
+
     def __init__(
         self, recipe: Recipe, stage: str, pictures: PictureSet, text: TextStore, images: ImageStore | None
     ) -> None:

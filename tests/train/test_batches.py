@@ -345,27 +345,33 @@ def test_what_is_told_a_blended_embedding_is_told_its_text(make: Make) -> None:
     torch.testing.assert_close(rows, batch["image_embed"], atol=1e-5, rtol=0)
 
 
-def test_an_embedding_of_siblings_is_a_mean_over_their_subject(make: Make, pictures: EmojiPictures) -> None:
+def weights_of_siblings(maker: Maker, sample: int, embed: Tensor) -> dict[int, float]:
+    """What each picture of the sample's subject adds to an embedding that is a mean over them."""
+    assert maker.images is not None
+    places = maker.pictures.siblings(sample)
+    assert sample in places and all(p in maker.pictures.train for p in places)
+    rows = torch.stack([maker.images(p).float() for p in places])
+    weights = torch.linalg.lstsq(rows.T, embed[:, None].float()).solution[:, 0]
+    torch.testing.assert_close(weights @ rows, embed.float(), atol=2e-3, rtol=0)
+    return dict(zip(places, weights.tolist(), strict=True))
+
+
+def test_a_base_is_told_a_mean_over_the_other_pictures_of_a_subject(make: Make) -> None:
     settings = ("base.train.image_noise=0", "base.train.image_siblings=0.6")
     maker, plain = make("base", *GUESS, *settings), batch_of(make("base", *GUESS, settings[0]), 3)
     batch = batch_of(maker, 3)
-    assert maker.images is not None
     mixed = 0
     for part, positions in (("", range(24, 32)), ("guess_", range(48, 64))):
         samples = maker.read_at(list(positions))
         for row, sample in enumerate(samples):
-            places = pictures.siblings(sample.index)
-            assert sample.index in places and all(p in pictures.train for p in places)
             found, own = batch[f"{part}image_embed"][row], plain[f"{part}image_embed"][row]
             assert found.norm() == pytest.approx(float(own.norm()), abs=1e-3)
             if torch.equal(found, own):
                 continue
             mixed += 1
             assert batch[f"{part}keep_text"][row].all()
-            rows = torch.stack([maker.images(p).float() for p in places])
-            weights = torch.linalg.lstsq(rows.T, found[:, None].float()).solution[:, 0]
-            torch.testing.assert_close(weights @ rows, found.float(), atol=2e-3, rtol=0)
-            assert (weights > 0).all()
+            weights = weights_of_siblings(maker, sample.index, found)
+            assert abs(weights.pop(sample.index)) < 0.01 and all(w > 0 for w in weights.values())
         for name in ("x", "keep_image"):
             assert torch.equal(batch[part + name], plain[part + name]), name
     assert 0 < mixed < 24
@@ -386,7 +392,10 @@ def test_where_no_subject_has_several_pictures_nothing_changes(
 def test_a_prior_is_asked_for_means_over_siblings(make: Make) -> None:
     settings = ["prior.model.guess_width=8", "prior.train.guess_batch=16"]
     plain = batch_of(make("prior", *settings), 3)
-    batch = batch_of(make("prior", *settings, "prior.train.image_siblings=1"), 3)
+    maker = make("prior", *settings, "prior.train.image_siblings=1")
+    batch = batch_of(maker, 3)
+    for sample, embed in zip(maker.samples(list(range(24, 32))), batch["image_embed"], strict=True):
+        assert all(w > 0 for w in weights_of_siblings(maker, sample, embed).values())
     for part in ("", "guess_"):
         assert not torch.equal(batch[f"{part}image_embed"], plain[f"{part}image_embed"])
         assert torch.equal(batch[f"{part}states0"], plain[f"{part}states0"])
