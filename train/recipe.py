@@ -80,8 +80,8 @@ class TrainConfig:
     image_drop: float = 0.1
     image_noise: float = 0.0  # on CLIP image embeddings, in their standard deviations: the prior errs as well
     image_blend: float = 0.0  # share of pictures told an embedding between their own and a similar one's
-    # share of pictures whose embedding is a random mean of those of their subject's pictures: of all of them where
-    # it is asked for (prior), of the other ones where it is told; which one is meant, the text alone tells
+    # share of pictures whose embedding is a random mean of those of their subject's pictures: of all of them
+    # where it is asked for (prior), of the others where it is told; which one is meant, the text alone tells
     image_siblings: float = 0.0
     vary: float = 0.0  # share of pictures shown changed and told by their embedding alone (train.vary)
     guess_batch: int = 0  # pictures a step beside the batch, from which the guess of x_0 learns (guess_width)
