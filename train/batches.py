@@ -140,9 +140,9 @@ class Maker(ABC):
             return {"view": self.images.view(index)}
         return {"embed": self.images(index)}
 
-    def embeds(self, samples: list[Sample], seeds: list[int]) -> Batch:
-        """`image_embed` B D, or `views` B 3 H W, or nothing in a stage that takes none."""
-        mixed = self.of_siblings(samples, seeds)
+    def embeds(self, samples: list[Sample], seeds: list[int], mixed: Tensor) -> Batch:
+        """`image_embed` B D, or `views` B 3 H W, or nothing in a stage that takes none. mixed: B, as
+        `of_siblings`."""
         if mixed.any():
             chosen = zip(samples, seeds, mixed.tolist(), strict=True)
             samples = [replace(s, embed=self._sibling_mean(s, seed)) if m else s for s, seed, m in chosen]
@@ -246,7 +246,7 @@ class PriorMaker(Maker):
     def draw(self, positions: list[int], seeds: list[int]) -> Batch:
         samples = self.read_at(positions)
         return {
-            **self.embeds(samples, seeds),
+            **self.embeds(samples, seeds, self.of_siblings(samples, seeds)),
             "noise": random.normal((self.embed_dim,), seeds, "noise"),
             "t": self.times(positions, seeds),
             **self.captions(samples, seeds),
@@ -255,7 +255,8 @@ class PriorMaker(Maker):
         }
 
     def guessed(self, samples: list[Sample], seeds: list[int]) -> Batch:
-        return self.embeds(samples, seeds) | self.captions(samples, seeds, means=True)
+        mixed = self.of_siblings(samples, seeds)
+        return self.embeds(samples, seeds, mixed) | self.captions(samples, seeds, means=True)
 
 
 class StageMaker(Maker):
@@ -324,7 +325,8 @@ class StageMaker(Maker):
 
     def _conditions(self, samples: list[Sample], seeds: list[int], means: bool = False) -> Batch:
         batch = self.captions(samples, seeds, means) if self.cfg.unet.text_dims else {}
-        batch |= self.keep(seeds) | self.embeds(samples, seeds)
+        mixed = self.of_siblings(samples, seeds)
+        batch |= self.keep(seeds) | self.embeds(samples, seeds, mixed)
         if self.cfg.unet.image_embed_dim and self.train.image_noise:
             batch["embed_noise"] = random.normal((self.cfg.unet.image_embed_dim,), seeds, "embed_noise")
         if self.train.image_blend:
@@ -333,7 +335,7 @@ class StageMaker(Maker):
             batch["embed_blend"] = torch.stack([near, far * chosen], dim=1)
             batch["keep_text"] |= chosen[:, None]  # nothing else tells which of the two it is
         if self.train.image_siblings:
-            batch["keep_text"] |= self.of_siblings(samples, seeds)[:, None]  # likewise
+            batch["keep_text"] |= mixed[:, None]  # likewise
         return batch
 
     @cached_property
