@@ -151,6 +151,7 @@ class UNetConfig:
     # side of the first level's learned position map; 0: none, positions come from padding
     position_grid: int = 0
     guess_width: int = 0  # of the network that guesses x_0 from the conditions alone; 0: no guess is made
+    fine_channels: tuple[int, ...] = ()  # of a network over pixels for the lowest noise levels
     dropout: float = 0.0
 
 

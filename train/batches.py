@@ -271,6 +271,7 @@ class StageMaker(Maker):
         self.cfg, self.images = part.stage, images
         self.learned_null = part.stage.unet.learned_null
         self.pixels = pictures.view(self.cfg.image_px)
+        self.fine = bool(self.cfg.unet.fine_channels)  # whether the batch also teaches a fine network
 
     def read(self, index: int, seed: int) -> Sample:
         return Sample(index, self.pixels(index, seed), **self.embed_of(index))
@@ -287,6 +288,9 @@ class StageMaker(Maker):
             batch["lowres"] = corrupt_training(lowres, augment, seeds, self.stage)
             batch["aug_level"] = (random.uniform(seeds, "aug")[:, 0] * augment.max_level).float()
             batch["aug_noise"] = random.normal(shape, seeds, "aug_noise")
+        if self.fine:
+            batch["fine_noise"] = random.normal(shape, seeds, "fine_noise")
+            batch["fine_draws"] = random.uniform(seeds, "fine", count=3).float()  # noise level, window
         return batch | self.for_guess(positions)
 
     def complete_part(self, part: Batch, device: torch.device | str) -> Batch:

@@ -15,11 +15,14 @@ from cascade import Stage
 from cascade.adapter import Adapter, AdapterConfig
 from cascade.augment import condition_lowres, residual_base, residual_variance, told_level
 from cascade.checkpoint import save_component
-from cascade.conditioning import TextEmbedding
+from cascade.conditioning import Conditioning, TextEmbedding
 from cascade.config import UNetConfig, to_dict
-from cascade.diffusion import diffusion_loss
+from cascade.diffusion import corrupt
+from cascade.diffusion.loss import loss_and_estimate
+from cascade.diffusion.prediction import to_x0
 from cascade.errors import InputError
 from cascade.loading import fill_stage
+from cascade.nn.fine import CLEANEST, NOISIEST
 from prior.clip import CLIP, MAX_LOGIT_SCALE, contrastive_loss
 from prior.diffusion import DiffusionPrior
 from train.batches import (
@@ -38,6 +41,9 @@ from train.encoded import ImageStore, TextStore
 from train.grids import prompt_sheet, upsampling_sheet
 from train.lora import adapter_tensors, base_tensors, inject
 from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe, TrainConfig
+
+OWN = 0.1, 0.6  # between these t a network's estimates of x_0 are like the pictures that it draws
+FINE_SCALE = 0.05  # of the fine network's loss, so that its gradient does not fill the limit for both
 
 
 class Task(nn.Module):
@@ -287,16 +293,40 @@ class StageTask(Task):
                 weight = (variance / (variance + residual_variance(level, augment))).float()  # B
         cond = conditioning_of(batch, lowres)
         logsnr = self.stage.schedule.logsnr(batch["t"]).float()
-        losses = weight * diffusion_loss(self.stage.denoiser, x, cond, logsnr, batch["noise"])
-        if not (part := guess_part(batch)):
-            return losses
-        return with_gradient(losses, self._guess_loss(part))
+        losses, x0_hat = loss_and_estimate(self.stage.denoiser, x, cond, logsnr, batch["noise"])
+        losses = weight * losses
+        if part := guess_part(batch):
+            losses = with_gradient(losses, self._guess_loss(part))
+        if "fine_noise" in batch:
+            losses = with_gradient(losses, self._fine_loss(batch, cond, x0_hat))
+        return losses
 
     def _guess_loss(self, batch: Batch) -> Tensor:
         """Squared error of the guess of x_0, one number."""
         assert self.stage.unet.guess is not None
         guess = self.stage.unet.guess(conditioning_of(batch, None), len(batch["x"]))
         return (guess.float() - batch["x"]).square().mean()
+
+    def _fine_loss(self, batch: Batch, cond: Conditioning, x0_hat: Tensor) -> Tensor:
+        """Absolute error of the fine network, B: of pictures noised a little, and of the base's own estimates
+        noised so. What those have uneven lies hidden in x_t when a picture is drawn, and is to go."""
+        net, denoiser, x0 = self.stage.unet, self.stage.denoiser, batch["x"]
+        assert net.fine is not None
+        place, corner = batch["fine_draws"][:, 0], batch["fine_draws"][:, 1:]
+        logsnr = torch.lerp(place.new_tensor(NOISIEST), place.new_tensor(CLEANEST), place)  # B
+        low, high = OWN
+        drawn = ((batch["t"] > low) & (batch["t"] < high))[:, None, None, None]
+        x_t = corrupt(torch.where(drawn, x0_hat.clamp(-1, 1), x0), batch["fine_noise"], logsnr).x_t
+        with torch.no_grad():
+            output, _ = denoiser.raw(x_t, logsnr, cond)
+        config = denoiser.config
+        estimate = to_x0(config.prediction, output, x_t, logsnr, config.sigma_data)
+        return FINE_SCALE * net.fine.loss(x_t, estimate, logsnr, denoiser.time_input, x0, corner)
+
+    def compile(self) -> None:
+        super().compile()
+        if self.stage.unet.fine is not None:
+            self.stage.unet.fine.net.compile()
 
     def grid(self, tensors: dict[str, Tensor]) -> Image.Image:
         """The recipe's prompts, or what becomes of low-resolution pictures."""

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cascade import random
-from train.batches import Batch
+from train.batches import Batch, StageMaker
 from train.data import Reader
 from train.ema import local
 from train.tasks import ClipTask, Task
@@ -57,6 +57,8 @@ class Validation:
         # embeddings as they are
         plain = dict(guess_batch=0, text_drop=0.0, image_blend=0.0, image_siblings=0.0, vary=0.0)
         self._make.train = replace(task.make.train, **plain)
+        if isinstance(self._make, StageMaker):
+            self._make.fine = False
         self._make.reader = Reader(task.pictures, Held(self.pictures))
 
     def __bool__(self) -> bool:

@@ -35,8 +35,12 @@ class Denoiser(nn.Module):
     def with_variance(self, x_t: Tensor, logsnr: Tensor, cond: object = None) -> tuple[Tensor, Tensor | None]:
         """The estimate of x_0, and the learned variance fraction or None (see `raw`)."""
         output, fraction = self.raw(x_t, logsnr, cond)
-        config = self.config
-        return to_x0(config.prediction, output, x_t.float(), logsnr, config.sigma_data), fraction
+        config, fine = self.config, getattr(self.net, "fine", None)
+        x0_hat = to_x0(config.prediction, output, x_t.float(), logsnr, config.sigma_data)
+        if fine is not None and (asked := fine.asked(logsnr)).any():
+            better = fine(x_t, x0_hat, logsnr, self.time_input)
+            x0_hat = torch.where(asked.to(x_t.device)[:, None, None, None], better, x0_hat)
+        return x0_hat, fraction
 
     def raw(self, x_t: Tensor, logsnr: Tensor, cond: object = None) -> tuple[Tensor, Tensor | None]:
         """The network's output in the space of `config.prediction`, float32, and the variance fraction.

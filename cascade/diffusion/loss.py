@@ -24,16 +24,23 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, cond: object, logsnr: Tensor,
     x0 and eps: B ...; logsnr: B, on x0's device. With learned variance, the hybrid loss of Nichol &
     Dhariwal 2021, equation 16: plus 0.001 of the variational bound. No host synchronisation.
     """
+    return loss_and_estimate(denoiser, x0, cond, logsnr, eps)[0]
+
+
+def loss_and_estimate(
+    denoiser: Denoiser, x0: Tensor, cond: object, logsnr: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`diffusion_loss`, and the estimate of x_0 that was made for it, detached, like x0."""
     config = denoiser.config
     x0, eps = x0.float(), eps.float()
     corrupted = corrupt(x0, eps, logsnr, config.sigma_data if config.prediction == "edm" else None)
     output, fraction = denoiser.raw(corrupted.x_t, logsnr, cond)
     error = (output - corrupted.targets[config.prediction]).square().flatten(1).mean(1)  # B
     loss = loss_weight(logsnr, config, denoiser.schedule) * error
-    if fraction is None:
-        return loss
     x0_hat = to_x0(config.prediction, output.detach(), corrupted.x_t, logsnr, config.sigma_data)
-    return loss + variational_bound(denoiser.schedule, x0, x0_hat, logsnr, fraction)
+    if fraction is not None:
+        loss = loss + variational_bound(denoiser.schedule, x0, x0_hat, logsnr, fraction)
+    return loss, x0_hat
 
 
 def loss_weight(logsnr: Tensor, config: DiffusionConfig, schedule: Schedule | None = None) -> Tensor:

@@ -41,10 +41,25 @@ def check(cfg: UNetConfig) -> None:
     if cfg.guess_width < 0 or (cfg.guess_width and (not grid or grid % COARSE or cfg.text_transformer)):
         expected = f"0, or with a position_grid that {COARSE} divides a positive number of channels"
         raise InputError(f"unet.guess_width {cfg.guess_width}: expected {expected}")
+    if cfg.fine_channels:
+        _check_fine(cfg)
     if cfg.channels[0] % 2:
         raise InputError(f"unet.channels starts with {cfg.channels[0]}: the time embedding needs it even")
     _check_attention(cfg)
     _check_text(cfg)
+
+
+def _check_fine(cfg: UNetConfig) -> None:
+    widths, size = cfg.fine_channels, cfg.patch * math.prod(cfg.strides)
+    if min(widths) < 1 or widths[0] % 2:
+        raise InputError(f"unet.fine_channels {widths}: expected positive numbers, the first of them even")
+    if size % 2 ** len(widths):  # it learns on halves of the sides
+        most = int(math.log2(size & -size))
+        raise InputError(
+            f"unet.fine_channels has {len(widths)} levels: sides of {size} px times any number allow {most}"
+        )
+    if cfg.lowres_channels or cfg.in_channels != cfg.out_channels:
+        raise InputError("unet.fine_channels: expected a base network, without learned variance")
 
 
 def head_width(cfg: UNetConfig, level: int) -> int:

@@ -24,6 +24,7 @@ from cascade.nn.attention import Attention2d
 from cascade.nn.check import check, head_width
 from cascade.nn.condition import ConditionEncoder, context_width, middle_attention
 from cascade.nn.context import Context
+from cascade.nn.fine import Fine, fine_config
 from cascade.nn.guess import Guess
 from cascade.nn.layers import LevelEmbedding, ResBlock, Upsample, activation, norm2d, zero_init
 
@@ -81,6 +82,7 @@ class UNet(nn.Module):
             self.down, self.middle, self.up = self._adm(block)
         self.norm_out = norm2d(cfg.norm, channels[0], cfg.norm_groups)
         self.conv_out = zero_init(nn.Conv2d(channels[0], cfg.out_channels * cfg.patch**2, 3, padding=1))
+        self.fine = Fine(UNet(fine_config(cfg))) if cfg.fine_channels else None
         # In order of use: prepare() makes their keys and values, forward() hands them out.
         self.token_attentions = [m for m in self._in_order() if m.kv_context is not None]
 

@@ -291,6 +291,16 @@ def test_a_guess_learns_from_the_same_pictures_at_any_number_of_processes(make: 
     assert not torch.equal(whole["guess_x"][: len(whole["x"])], whole["x"])
 
 
+def test_a_fine_network_learns_the_same_at_any_number_of_processes(make: Make) -> None:
+    settings = ["base.stage.unet.patch=4", "base.stage.unet.fine_channels=[8, 8]"]
+    whole = batch_of(make("base", *settings), 3)
+    parts = [batch_of(make("base", *settings), 3, rank=rank, world=2) for rank in range(2)]
+    for name in ("fine_noise", "fine_draws"):
+        assert torch.equal(torch.stack([p[name] for p in parts], dim=1).flatten(0, 1), whole[name]), name
+    assert not torch.equal(whole["fine_noise"], whole["noise"])
+    assert "fine_noise" not in batch_of(make("base"), 3)
+
+
 def test_a_guess_is_told_the_mean_token_which_is_all_it_takes(make: Make, pictures: EmojiPictures) -> None:
     maker = make("base", *GUESS, "data.caption_weights=[1, 0, 0, 0]", "base.train.image_noise=0")
     assert isinstance(maker, StageMaker)

@@ -20,6 +20,7 @@ from train.signals import REQUEUE
 from train.state import FILES, damaged, states
 
 GUESS = ("base.stage.unet.position_grid=16", "base.stage.unet.guess_width=8", "base.train.guess_batch=16")
+FINE = ("base.stage.unet.fine_channels=[8]",)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def command(recipe: Path, trained: Path, out: Path, stage: str, *settings: str) 
     if stage in ("prior", "base") and not out.exists():
         shutil.copytree(trained / "clip", out / "clip")
     if stage == "base":
-        settings = (*settings, *GUESS)
+        settings = (*settings, *GUESS, *FINE)
     return [*argv(recipe, out, stage), *(word for setting in settings for word in ("--set", setting))]
 
 

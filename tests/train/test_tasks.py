@@ -17,7 +17,7 @@ from cascade.errors import InputError
 from cascade.text.pair import PairEncoder
 from prior import DiffusionPrior
 from tests.conftest import EMBED, ToyEncoder
-from train.batches import guess_part
+from train.batches import conditioning_of, guess_part
 from train.components import assemble, load_clip, open_images
 from train.data import open_pictures
 from train.recipe import Recipe
@@ -289,3 +289,43 @@ def test_variants_are_of_whole_pictures_and_for_networks_that_take_embeddings(
         message = f"{stage}.train.vary 0.5: expected 0, or whole pictures, image embeddings and a null"
         with pytest.raises(InputError, match=message):
             make_task(tiny(f"{stage}.train.vary=0.5", *settings), trained, stage)
+
+
+FINE = ["base.stage.unet.patch=4", "base.stage.unet.fine_channels=[8, 8]"]
+
+
+def test_a_fine_network_learns_beside_the_base_from_a_loss_of_its_own(tiny: Tiny, trained: Path) -> None:
+    """The reported loss and the other parameters' gradients are those of a batch that does not teach it."""
+    task, plain = (make_task(tiny(*FINE), trained, "base") for _ in range(2))
+    assert isinstance(task, StageTask) and task.stage.unet.fine is not None
+    plain.load_state_dict(task.state_dict())
+    batch = task.make([0, 1, 2, 3], [0, 1, 2, 3])
+    assert batch["fine_noise"].shape == batch["x"].shape and batch["fine_draws"].shape == (4, 3)
+    losses = task(batch)
+    others = plain({name: x for name, x in batch.items() if not name.startswith("fine_")})
+    assert torch.equal(losses, others)
+    losses.mean().backward()
+    others.mean().backward()
+    expected = {name: p.grad for name, p in plain.network.named_parameters()}
+    for name, parameter in task.network.named_parameters():
+        assert (expected[name] is None) == name.startswith("fine."), name
+        assert parameter.grad is not None, name
+        if not name.startswith("fine."):
+            assert torch.equal(parameter.grad, expected[name]), name
+    out = dict(task.stage.unet.fine.named_parameters())["net.conv_out.weight"]
+    assert out.grad is not None and out.grad.abs().max() > 0
+
+
+def test_a_fine_network_betters_the_estimates_of_its_base(tiny: Tiny, trained: Path) -> None:
+    task = make_task(tiny(*FINE), trained, "base")
+    assert isinstance(task, StageTask) and task.stage.unet.fine is not None
+    optimizer = torch.optim.Adam(task.stage.unet.fine.parameters(), lr=1e-2)
+    batch = task.make(list(range(8)), list(range(8)))
+    cond = conditioning_of(batch, None)
+    errors = []
+    for _ in range(40):
+        errors.append(task._fine_loss(batch, cond, batch["x"]).mean())
+        optimizer.zero_grad()
+        errors[-1].backward()
+        optimizer.step()
+    assert errors[-1] < 0.6 * errors[0]
