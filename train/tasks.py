@@ -313,7 +313,7 @@ class StageTask(Task):
         net, denoiser, x0 = self.stage.unet, self.stage.denoiser, batch["x"]
         assert net.fine is not None
         place, corner = batch["fine_draws"][:, 0], batch["fine_draws"][:, 1:]
-        logsnr = torch.lerp(place.new_tensor(NOISIEST), place.new_tensor(CLEANEST), place)  # B
+        logsnr = NOISIEST + place * (CLEANEST - NOISIEST)  # B
         low, high = OWN
         drawn = ((batch["t"] > low) & (batch["t"] < high))[:, None, None, None]
         x_t = corrupt(torch.where(drawn, x0_hat.clamp(-1, 1), x0), batch["fine_noise"], logsnr).x_t
