@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -313,15 +314,16 @@ class StageTask(Task):
         net, denoiser, x0 = self.stage.unet, self.stage.denoiser, batch["x"]
         assert net.fine is not None
         place, corner = batch["fine_draws"][:, 0], batch["fine_draws"][:, 1:]
-        logsnr = NOISIEST + place * (CLEANEST - NOISIEST)  # B
-        low, high = OWN
-        drawn = ((batch["t"] > low) & (batch["t"] < high))[:, None, None, None]
+        low, high = math.log(CLEANEST), math.log(NOISIEST)
+        logsnr = -2 * (high + place * (low - high))  # B
+        drawn = ((batch["t"] > OWN[0]) & (batch["t"] < OWN[1]))[:, None, None, None]
         x_t = corrupt(torch.where(drawn, x0_hat.clamp(-1, 1), x0), batch["fine_noise"], logsnr).x_t
         with torch.no_grad():
             output, _ = denoiser.raw(x_t, logsnr, cond)
         config = denoiser.config
         estimate = to_x0(config.prediction, output, x_t, logsnr, config.sigma_data)
-        return FINE_SCALE * net.fine.loss(x_t, estimate, logsnr, denoiser.time_input, x0, corner)
+        told = denoiser.fine_input(x_t, logsnr, CLEANEST)
+        return FINE_SCALE * net.fine.loss(*told, estimate, x0, corner)
 
     def compile(self) -> None:
         super().compile()

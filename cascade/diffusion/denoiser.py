@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -35,12 +37,20 @@ class Denoiser(nn.Module):
     def with_variance(self, x_t: Tensor, logsnr: Tensor, cond: object = None) -> tuple[Tensor, Tensor | None]:
         """The estimate of x_0, and the learned variance fraction or None (see `raw`)."""
         output, fraction = self.raw(x_t, logsnr, cond)
-        config, fine = self.config, getattr(self.net, "fine", None)
+        config = self.config
         x0_hat = to_x0(config.prediction, output, x_t.float(), logsnr, config.sigma_data)
-        if fine is not None and (asked := fine.asked(logsnr)).any():
-            better = fine(x_t, x0_hat, logsnr, self.time_input)
+        fine = getattr(self.net, "fine", None)
+        if fine is not None and (asked := logsnr >= -2 * math.log(fine.noisiest)).any():
+            better = fine(*self.fine_input(x_t.float(), logsnr, fine.cleanest), x0_hat)
             x0_hat = torch.where(asked.to(x_t.device)[:, None, None, None], better, x0_hat)
         return x0_hat, fraction
+
+    def fine_input(self, x_t: Tensor, logsnr: Tensor, cleanest: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What a network's fine network is told of x_t and its level: x_t / alpha, the standard deviation of
+        the noise in that, B 1 1 1, and the time input. Less noise than `cleanest` is told as so much."""
+        alpha, sigma = levels(logsnr, x_t)
+        time = self.time_input(logsnr.clamp(max=-2 * math.log(cleanest)))
+        return x_t / alpha, (sigma / alpha).clamp(min=cleanest), to_device(time, x_t.device)
 
     def raw(self, x_t: Tensor, logsnr: Tensor, cond: object = None) -> tuple[Tensor, Tensor | None]:
         """The network's output in the space of `config.prediction`, float32, and the variance fraction.

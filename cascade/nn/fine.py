@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
 from cascade.config import UNetConfig
-from cascade.diffusion.prediction import levels
 
-# log-SNRs at which it is trained: sigma / alpha from 0.5 to 0.04, t from 0.3 to 0.025 of a cosine schedule
-NOISIEST, CLEANEST = -2 * math.log(0.5), -2 * math.log(0.04)
+# standard deviations of the noise at which it is trained: t from 0.3 to 0.025 of a cosine schedule
+NOISIEST, CLEANEST = 0.5, 0.04
 WINDOWS = (3, 7)  # px a side, of the local means
 INPUTS = 2 + 2 * len(WINDOWS)  # pictures that it sees
-# of a base network's x_0_hat, as the embedded default has it: ERROR (sigma / alpha)^EXPONENT, in [-1, 1]
-ERROR, EXPONENT = 0.0785, 0.43
-
-TimeInput = Callable[[Tensor], Tensor]
+ERROR, EXPONENT = 0.0785, 0.43  # of a base network's x_0_hat, as the embedded default's: ERROR noise^EXPONENT
 
 
 def fine_config(cfg: UNetConfig) -> UNetConfig:
@@ -42,7 +35,7 @@ def fine_config(cfg: UNetConfig) -> UNetConfig:
 
 
 class Fine(nn.Module):
-    """Corrects x_0_hat at the lowest noise levels.
+    """Corrects x_0_hat at the lowest noise levels, up to `noisiest`; none is cleaner to it than `cleanest`.
 
     A network of patches has few channels for many pixels: what it leaves uneven there stays in the picture,
     as no step comes after. A network over pixels would see that no better, noise of a few levels of 255
@@ -51,47 +44,40 @@ class Fine(nn.Module):
     flat areas at every noise level. It answers in units of that error.
     """
 
+    noisiest, cleanest = NOISIEST, CLEANEST
+
     def __init__(self, net: nn.Module) -> None:
         """net: a U-Net of `fine_config`."""
         super().__init__()
         self.net = net
 
-    def asked(self, logsnr: Tensor) -> Tensor:
-        """Of which levels the network knows something, bool, B. A level cleaner than all that it was trained
-        on is taken for the cleanest of these."""
-        return logsnr >= NOISIEST
-
-    def forward(self, x_t: Tensor, x0_hat: Tensor, logsnr: Tensor, time: TimeInput) -> Tensor:
-        """A better x_0_hat, float32, B C H W, for log-SNRs B that it is asked of. time: log-SNR to what the
-        networks of the stage are told of it."""
-        seen, error = self.seen(x_t, x0_hat, logsnr)
-        return x0_hat.float().clamp(-1, 1) + error * self._answer(seen, logsnr, time)
+    def forward(self, x: Tensor, noise: Tensor, time: Tensor, x0_hat: Tensor) -> Tensor:
+        """A better x_0_hat, float32, B C H W. x: B C H W, the picture plus noise of the standard deviation
+        `noise`, B 1 1 1. time: B, the noise level as the base network is told it."""
+        seen, error = self.seen(x, noise, x0_hat)
+        return x0_hat.float().clamp(-1, 1) + error * self._answer(seen, time)
 
     def loss(
-        self, x_t: Tensor, x0_hat: Tensor, logsnr: Tensor, time: TimeInput, x0: Tensor, corner: Tensor
+        self, x: Tensor, noise: Tensor, time: Tensor, x0_hat: Tensor, x0: Tensor, corner: Tensor
     ) -> Tensor:
         """Absolute error in units of the expected one, B. Squared, the errors of flat areas, which are to be
         flat to a level of 255, would be nothing beside those of edges. corner: B 2, in [0, 1), of a window of
         half the sides, on which alone it learns: at a quarter of the price."""
-        seen, error = self.seen(x_t, x0_hat, logsnr)
+        seen, error = self.seen(x, noise, x0_hat)
         target = (x0.float() - x0_hat.float().clamp(-1, 1)) / error
         count = seen.shape[1]
         both = windows(torch.cat([seen, target], dim=1), corner)
         seen, target = both[:, :count], both[:, count:]
-        return (self._answer(seen, logsnr, time) - target).abs().flatten(1).mean(1)
+        return (self._answer(seen, time) - target).abs().flatten(1).mean(1)
 
-    def _answer(self, seen: Tensor, logsnr: Tensor, time: TimeInput) -> Tensor:
-        told = time(logsnr.clamp(max=CLEANEST)).to(seen.device)
-        return self.net(seen.to(next(self.net.parameters()).dtype), told, Conditioning()).float()
+    def _answer(self, seen: Tensor, time: Tensor) -> Tensor:
+        return self.net(seen.to(next(self.net.parameters()).dtype), time, Conditioning()).float()
 
     @staticmethod
-    def seen(x_t: Tensor, x0_hat: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    def seen(x: Tensor, noise: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is shown, B INPUTS*C H W, and the error to be expected, B 1 1 1; float32."""
-        x_t, x0_hat = x_t.float(), x0_hat.float().clamp(-1, 1)
-        alpha, sigma = levels(logsnr.clamp(max=CLEANEST), x_t)
-        noise = sigma / alpha
+        x, x0_hat = x.float(), x0_hat.float().clamp(-1, 1)
         error = ERROR * noise**EXPONENT
-        x = x_t / alpha
         parts = [x0_hat, ((x - x0_hat) / noise).clamp(-4, 4)]
         parts += [((x - local_mean(x, side)) / (2 * noise)).clamp(-3, 3) for side in WINDOWS]
         parts += [((x0_hat - local_mean(x0_hat, side)) / (2 * error)).clamp(-3, 3) for side in WINDOWS]
