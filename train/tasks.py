@@ -44,7 +44,7 @@ from train.lora import adapter_tensors, base_tensors, inject
 from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe, TrainConfig
 
 OWN = 0.1, 0.6  # between these t a network's estimates of x_0 are like the pictures that it draws
-FINE_SCALE = 0.05  # of the fine network's loss, so that its gradient does not fill the limit for both
+FINE_SCALE = 0.03  # of the fine network's loss, so that its gradient does not fill the limit for both
 
 
 class Task(nn.Module):
@@ -309,7 +309,7 @@ class StageTask(Task):
         return (guess.float() - batch["x"]).square().mean()
 
     def _fine_loss(self, batch: Batch, cond: Conditioning, x0_hat: Tensor) -> Tensor:
-        """Absolute error of the fine network, B: of pictures noised a little, and of the base's own estimates
+        """Loss of the fine network, B: of pictures noised a little, and of the base's own estimates
         noised so. What those have uneven lies hidden in x_t when a picture is drawn, and is to go."""
         net, denoiser, x0 = self.stage.unet, self.stage.denoiser, batch["x"]
         assert net.fine is not None

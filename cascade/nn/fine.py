@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from cascade.conditioning import Conditioning
 from cascade.config import UNetConfig
 
-# standard deviations of the noise at which it is trained: t from 0.3 to 0.025 of a cosine schedule
-NOISIEST, CLEANEST = 0.5, 0.04
+# standard deviations of the noise at which it is trained: t from 0.3 to 0.06 of a cosine schedule
+NOISIEST, CLEANEST = 0.5, 0.1
 WINDOWS = (3, 7)  # px a side, of the local means
 INPUTS = 2 + 2 * len(WINDOWS)  # pictures that it sees
 ERROR, EXPONENT = 0.0785, 0.43  # of a base network's x_0_hat, as the embedded default's: ERROR noise^EXPONENT
+DIFFERENCES = 0.5  # weight of the error of differences between neighbours, beside that of values
 
 
 def fine_config(cfg: UNetConfig) -> UNetConfig:
@@ -60,15 +61,20 @@ class Fine(nn.Module):
     def loss(
         self, x: Tensor, noise: Tensor, time: Tensor, x0_hat: Tensor, x0: Tensor, corner: Tensor
     ) -> Tensor:
-        """Absolute error in units of the expected one, B. Squared, the errors of flat areas, which are to be
-        flat to a level of 255, would be nothing beside those of edges. corner: B 2, in [0, 1), of a window of
-        half the sides, on which alone it learns: at a quarter of the price."""
+        """Absolute error, of values and of differences between neighbours, in units of the expected one, B.
+        Squared, the errors of flat areas, which are to be flat to a level of 255, would be nothing beside
+        those of edges. corner: B 2, in [0, 1), of a window of half the sides, on which alone it learns: at a
+        quarter of the price."""
         seen, error = self.seen(x, noise, x0_hat)
         target = (x0.float() - x0_hat.float().clamp(-1, 1)) / error
         count = seen.shape[1]
         both = windows(torch.cat([seen, target], dim=1), corner)
         seen, target = both[:, :count], both[:, count:]
-        return (self._answer(seen, time) - target).abs().flatten(1).mean(1)
+        wrong = self._answer(seen, time) - target
+        found = wrong.abs().flatten(1).mean(1)
+        for side in (-2, -1):
+            found = found + DIFFERENCES * wrong.diff(dim=side).abs().flatten(1).mean(1)
+        return found
 
     def _answer(self, seen: Tensor, time: Tensor) -> Tensor:
         return self.net(seen.to(next(self.net.parameters()).dtype), time, Conditioning()).float()

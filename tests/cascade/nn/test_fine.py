@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cascade.config import DiffusionConfig
 from cascade.diffusion import Denoiser, corrupt
-from cascade.nn.fine import CLEANEST, ERROR, EXPONENT, NOISIEST, Fine, local_mean, windows
+from cascade.nn.fine import CLEANEST, DIFFERENCES, ERROR, EXPONENT, NOISIEST, Fine, local_mean, windows
 from cascade.nn.unet import UNet
 from tests.cascade.nn.helpers import conditions, config, network
 
@@ -38,7 +38,7 @@ def test_what_it_sees_of_a_flat_picture_is_the_noise_alone_in_its_own_units() ->
     half, and nothing of x_0_hat."""
     x0 = torch.tensor([0.5, -0.2, 0.9])[None, :, None, None].expand(3, 3, SIDE, SIDE)
     eps = 0.5 * noise_like(x0)
-    level = torch.tensor([NOISIEST, 0.1, CLEANEST])[:, None, None, None]
+    level = torch.tensor([NOISIEST, 0.2, CLEANEST])[:, None, None, None]
     seen, error = Fine.seen(x0 + level * eps, level, x0)
     told, noise, near, far, *own = seen.split(3, dim=1)
     assert torch.equal(told, x0)
@@ -82,7 +82,7 @@ def test_the_denoiser_asks_it_at_the_lowest_noise_alone(net: UNet) -> None:
         net.fine = fine
         found = denoiser(x_t, logsnr, cond)
     assert torch.equal(found[:2], plain[:2])
-    error = ERROR * torch.tensor([0.5, 0.04]) ** EXPONENT
+    error = ERROR * torch.tensor([0.5, 0.1]) ** EXPONENT
     assert torch.allclose(found[2:], plain[2:].clamp(-1, 1) + error[:, None, None, None], atol=1e-6)
 
 
@@ -103,6 +103,24 @@ def test_a_picture_is_refined_alike_alone_and_in_a_batch(net: UNet) -> None:
     together = net.fine(*told)
     alone = torch.cat([net.fine(*(x[i : i + 1] for x in told)) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_the_loss_is_of_values_and_of_differences_in_the_window() -> None:
+    """An estimate off by one and a half times the expected error everywhere, and one off by a stripe, which
+    has an edge in one window alone."""
+    torch.manual_seed(0)
+    untouched = UNet(config(patch=4, fine_channels=(8, 12))).fine  # its answer is 0
+    assert untouched is not None
+    noise, time = torch.full((2, 1, 1, 1), 0.2), torch.full((2,), 300.0)
+    error, x0 = ERROR * 0.2**EXPONENT, torch.zeros(2, 3, SIDE, SIDE)
+    corner = torch.tensor([[0.0, 0.0], [0.0, 0.999]])
+    found = untouched.loss(x0, noise, time, x0 + 1.5 * error, x0, corner)
+    assert torch.allclose(found, torch.full((2,), 1.5), atol=1e-5)
+    stripe = x0.clone()
+    stripe[..., SIDE - 3 :] = error
+    found = untouched.loss(x0, noise, time, stripe, x0, corner)
+    half = SIDE // 2
+    assert torch.allclose(found, torch.tensor([0.0, 3 / half + DIFFERENCES / (half - 1)]), atol=1e-5)
 
 
 def test_it_learns_to_take_unevenness_away() -> None:
