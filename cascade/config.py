@@ -80,7 +80,7 @@ class SamplingConfig:
     threshold: Literal["none", "static", "dynamic"] = "static"
     threshold_percentile: float = 0.995  # dynamic thresholding (Imagen 2.3)
     threshold_cap: float = math.inf  # upper bound of the dynamic threshold (DeepFloyd IF)
-    noise_free_below: float = 0.0  # t below which a step sees the estimate before it, without noise, for x_t
+    noise_free_steps: int = 0  # of the last ones: each sees the estimate before it, without noise, for x_t
     flatten: float = 0.0  # bandwidth, in colours of [-1, 1], of a mean shift of the finished picture; 0: none
     flatten_rounds: int = 8  # in each of which a pixel sees 2 px to every side
     aug_level: float = 0.0  # noise level of the low-resolution input

@@ -203,9 +203,8 @@ class Stage(nn.Module):
         base = self._residual_base(conditioning)
         if known is not None:
             denoise = known.kept_by(denoise, base)
-        if settings.noise_free_below > 0:
-            bound = torch.tensor(settings.noise_free_below, dtype=torch.float64)
-            denoise = _noise_free(denoise, float(self.schedule.logsnr(bound)))
+        if settings.noise_free_steps > 0:
+            denoise = _noise_free(denoise, float(grid[max(-1 - settings.noise_free_steps, -len(grid))]))
 
         def report(step: int, total: int, x0: Tensor) -> None:
             if on_step is not None:
@@ -395,7 +394,7 @@ def resolve_settings(config: StageConfig, settings: dict[str, Any]) -> SamplingC
     check("guidance_rescale", 0 <= chosen.guidance_rescale <= 1, "a number from 0 to 1")
     check("threshold_percentile", 0 < chosen.threshold_percentile <= 1, "a number above 0, at most 1")
     check("threshold_cap", chosen.threshold_cap >= 1, "a number of at least 1")
-    check("noise_free_below", 0 <= chosen.noise_free_below <= 1, "a number from 0 to 1")
+    check("noise_free_steps", chosen.noise_free_steps >= 0, "an integer of at least 0")
     check("flatten", 0 <= chosen.flatten <= 1, "a number from 0 to 1")
     check("flatten_rounds", chosen.flatten_rounds >= 1, "an integer of at least 1")
     check("aug_level", 0 <= chosen.aug_level <= 1, "a number from 0 to 1")
@@ -420,12 +419,12 @@ def _noise_free(denoise: Denoise, level: float) -> Denoise:
     """`denoise`, but from the log-SNR `level` on it is shown alpha times its own estimate before.
 
     What a network leaves uneven in an estimate hides in the noise that is added to it, and stays. Told of
-    noise where there is none it takes the unevenness away, and nothing that it drew is lost."""
+    noise where there is none it takes the unevenness away. Over many steps colours would fade to the mean."""
     last: Tensor | None = None
 
     def shown(x: Tensor, logsnr: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         nonlocal last
-        if last is not None and float(logsnr[0]) > level:
+        if last is not None and float(logsnr[0]) >= level:
             x = levels(logsnr, last)[0] * last
         found = denoise(x, logsnr)
         last = found[0] if isinstance(found, tuple) else found

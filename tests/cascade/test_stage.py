@@ -146,11 +146,11 @@ def test_steps_are_counted_over_micro_batches(base: Stage) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
-def test_a_step_below_a_level_sees_the_estimate_before_it(
+def test_the_last_steps_see_the_estimate_before_them(
     base: Stage, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a grid at t = 1, 0.75, 0.5, 0.25: nothing above the level changes; below it x_t is alpha times the
-    estimate before, at the step's own level, and the last estimate is the picture."""
+    """Of four steps, two so: nothing changes before them; there x_t is alpha times the estimate before, at
+    the step's own level, and the last estimate is the picture. More than all is all but the first."""
     asked, real = [], base.denoiser.with_variance
 
     def watched(x_t: torch.Tensor, logsnr: torch.Tensor, cond: object) -> tuple:
@@ -162,13 +162,15 @@ def test_a_step_below_a_level_sees_the_estimate_before_it(
     told = dict(text=encode(PROMPTS[:2]), image_embed=embeds(2), micro_batch=2, guidance=1.0, steps=4)
     base.sample(**told, sampler=sampler)
     plain, asked = asked, []
-    picture = base.sample(**told, sampler=sampler, noise_free_below=0.6)
+    picture = base.sample(**told, sampler=sampler, noise_free_steps=2)
     assert [torch.equal(a[1], b[1]) for a, b in zip(asked, plain, strict=True)] == [True] * 4
     assert all(torch.equal(a[0], b[0]) for a, b in zip(asked[:2], plain[:2], strict=True))
     for before, after in zip(asked[1:], asked[2:], strict=False):
         alpha = after[1].sigmoid().sqrt().float()[:, None, None, None]
         assert torch.allclose(after[0], alpha * before[2], atol=1e-6)
     assert torch.allclose(picture, asked[-1][2], atol=1e-6)
+    most, more = (base.sample(**told, sampler=sampler, noise_free_steps=n) for n in (3, 9))
+    assert torch.equal(most, more) and not torch.equal(most, picture)
 
 
 BAD = [
@@ -184,7 +186,8 @@ BAD = [
     (dict(guidance_rescale=2), "guidance_rescale"),
     (dict(threshold_percentile=0), "threshold_percentile"),
     (dict(threshold_cap=0.5), "threshold_cap"),
-    (dict(noise_free_below=1.5), "noise_free_below: expected a number from 0 to 1"),
+    (dict(noise_free_steps=-1), "noise_free_steps: expected an integer of at least 0"),
+    (dict(noise_free_steps=0.5), "noise_free_steps: expected int"),
     (dict(flatten_rounds=0), "flatten_rounds: expected an integer of at least 1"),
     (dict(flatten=-0.1), "flatten: expected a number from 0 to 1"),
     (dict(aug_level=0.1), "aug_level: expected 0"),
