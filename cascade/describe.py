@@ -69,8 +69,8 @@ def _stage_line(stage: StageConfig) -> str:
     source = f"{stage.lowres_px} px" if stage.lowres_px else "noise"
     steps = sampling.respacing or f"{sampling.steps} steps"
     steps += ", the last by a network of its own" if stage.last_unet is not None else ""
+    steps += f", the last {sampling.noise_free_steps} without noise" if sampling.noise_free_steps else ""
     level = f", aug level {sampling.aug_level:g}" if sampling.aug_level else ""
-    level += f", the last {sampling.noise_free_steps} without noise" if sampling.noise_free_steps else ""
     level += f", flattened by {sampling.flatten:g}" if sampling.flatten else ""
     guidance = f"guidance {sampling.guidance:g}{', inpaints' if unet.inpaint_channels else ''}"
     widths = () if unet.text_transformer else unet.text_dims

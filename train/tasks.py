@@ -23,7 +23,6 @@ from cascade.diffusion.loss import loss_and_estimate
 from cascade.diffusion.prediction import to_x0
 from cascade.errors import InputError
 from cascade.loading import fill_stage
-from cascade.nn.fine import CLEANEST, NOISIEST
 from prior.clip import CLIP, MAX_LOGIT_SCALE, contrastive_loss
 from prior.diffusion import DiffusionPrior
 from train.batches import (
@@ -311,10 +310,10 @@ class StageTask(Task):
     def _fine_loss(self, batch: Batch, cond: Conditioning, x0_hat: Tensor) -> Tensor:
         """Loss of the fine network, B: of pictures noised a little, and of the base's own estimates
         noised so. What those have uneven lies hidden in x_t when a picture is drawn, and is to go."""
-        net, denoiser, x0 = self.stage.unet, self.stage.denoiser, batch["x"]
-        assert net.fine is not None
+        fine, denoiser, x0 = self.stage.unet.fine, self.stage.denoiser, batch["x"]
+        assert fine is not None
         place, corner = batch["fine_draws"][:, 0], batch["fine_draws"][:, 1:]
-        low, high = math.log(CLEANEST), math.log(NOISIEST)
+        low, high = math.log(fine.cleanest), math.log(fine.noisiest)
         logsnr = -2 * (high + place * (low - high))  # B
         drawn = ((batch["t"] > OWN[0]) & (batch["t"] < OWN[1]))[:, None, None, None]
         x_t = corrupt(torch.where(drawn, x0_hat.clamp(-1, 1), x0), batch["fine_noise"], logsnr).x_t
@@ -322,8 +321,8 @@ class StageTask(Task):
             output, _ = denoiser.raw(x_t, logsnr, cond)
         config = denoiser.config
         estimate = to_x0(config.prediction, output, x_t, logsnr, config.sigma_data)
-        told = denoiser.fine_input(x_t, logsnr, CLEANEST)
-        return FINE_SCALE * net.fine.loss(*told, estimate, x0, corner)
+        told = denoiser.fine_input(x_t, logsnr, fine.cleanest)
+        return FINE_SCALE * fine.loss(*told, estimate, x0, corner)
 
     def compile(self) -> None:
         super().compile()
