@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from cascade.conditioning import Conditioning
 from cascade.config import UNetConfig
 
-# standard deviations of the noise at which it is trained: t from 0.3 to 0.06 of a cosine schedule
-NOISIEST, CLEANEST = 0.5, 0.1
+# standard deviations of the noise at which it is trained: t from 0.39 to 0.06 of a cosine schedule
+NOISIEST, CLEANEST = 0.7, 0.1
 WINDOWS = (3, 7)  # px a side, of the local means
 INPUTS = 2 + 2 * len(WINDOWS)  # pictures that it sees
 ERROR, EXPONENT = 0.0785, 0.43  # of a base network's x_0_hat, as the embedded default's: ERROR noise^EXPONENT

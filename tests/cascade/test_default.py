@@ -58,7 +58,7 @@ def test_command_line_writes_a_described_picture(tmp_path) -> None:
 def test_info_says_which_stages_flatten(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "flattened by 0.02" in lines["base"]
+    assert "flattened by 0.01" in lines["base"]
     assert "8 steps, the last 3 without noise, guidance 2" in lines["base"]
     assert "flattened by 0.1" in lines["sr256"]
     assert "flattened" not in lines["sr1024"]

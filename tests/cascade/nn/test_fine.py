@@ -82,7 +82,7 @@ def test_the_denoiser_asks_it_at_the_lowest_noise_alone(net: UNet) -> None:
         net.fine = fine
         found = denoiser(x_t, logsnr, cond)
     assert torch.equal(found[:2], plain[:2])
-    error = ERROR * torch.tensor([0.5, 0.1]) ** EXPONENT
+    error = ERROR * torch.tensor([NOISIEST, CLEANEST]) ** EXPONENT
     assert torch.allclose(found[2:], plain[2:].clamp(-1, 1) + error[:, None, None, None], atol=1e-6)
 
 
