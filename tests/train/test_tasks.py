@@ -316,6 +316,29 @@ def test_a_fine_network_learns_beside_the_base_from_a_loss_of_its_own(tiny: Tiny
     assert out.grad is not None and out.grad.abs().max() > 0
 
 
+def test_a_fine_network_sees_own_estimates_without_noise_and_pictures_with_it(
+    tiny: Tiny, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tiny(*FINE), trained, "base")
+    assert isinstance(task, StageTask) and task.stage.unet.fine is not None
+    batch = task.make(list(range(8)), list(range(8)))
+    batch["t"] = torch.tensor([0.2, 0.9] * 4)  # estimates of the noisiest levels are no pictures
+    shown: list[torch.Tensor] = []
+    loss = task.stage.unet.fine.loss
+
+    def kept(x: torch.Tensor, noise: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        shown.extend((x, noise))
+        return loss(x, noise, *others)
+
+    monkeypatch.setattr(task.stage.unet.fine, "loss", kept)
+    estimate = 2 * batch["x"].flip(0)
+    task._fine_loss(batch, conditioning_of(batch, None), estimate)
+    x, noise = shown
+    assert torch.allclose(x[::2], estimate[::2].clamp(-1, 1), atol=1e-6)
+    unit = (x - batch["x"])[1::2] / noise[1::2]
+    assert torch.allclose(unit, batch["fine_noise"][1::2], atol=1e-4)
+
+
 def test_a_fine_network_betters_the_estimates_of_its_base(tiny: Tiny, trained: Path) -> None:
     task = make_task(tiny(*FINE), trained, "base")
     assert isinstance(task, StageTask) and task.stage.unet.fine is not None
