@@ -20,7 +20,7 @@ from cascade.conditioning import Conditioning, TextEmbedding
 from cascade.config import UNetConfig, to_dict
 from cascade.diffusion import corrupt
 from cascade.diffusion.loss import loss_and_estimate
-from cascade.diffusion.prediction import levels, to_x0
+from cascade.diffusion.prediction import to_x0
 from cascade.errors import InputError
 from cascade.loading import fill_stage
 from prior.clip import CLIP, MAX_LOGIT_SCALE, contrastive_loss
@@ -308,17 +308,17 @@ class StageTask(Task):
         return (guess.float() - batch["x"]).square().mean()
 
     def _fine_loss(self, batch: Batch, cond: Conditioning, x0_hat: Tensor) -> Tensor:
-        """Loss of the fine network, B: of pictures noised a little, and of the base's own estimates told to
-        be so, without noise, as the last steps of sampling show it (noise_free_steps). What those have
-        uneven is to go, what they have right to stay."""
+        """Loss of the fine network, B: of pictures noised a little, and of the base's own estimates without
+        noise, told the same levels, as in the last steps of sampling (noise_free_steps). What those have
+        uneven is to go, what they have right is to stay."""
         fine, denoiser, x0 = self.stage.unet.fine, self.stage.denoiser, batch["x"]
         assert fine is not None
         place, corner = batch["fine_draws"][:, 0], batch["fine_draws"][:, 1:]
         low, high = math.log(fine.cleanest), math.log(fine.noisiest)
         logsnr = -2 * (high + place * (low - high))  # B
         drawn = ((batch["t"] > OWN[0]) & (batch["t"] < OWN[1]))[:, None, None, None]
-        noised = corrupt(x0, batch["fine_noise"], logsnr).x_t
-        x_t = torch.where(drawn, levels(logsnr, x0)[0] * x0_hat.clamp(-1, 1), noised)
+        noise = batch["fine_noise"].masked_fill(drawn, 0)
+        x_t = corrupt(torch.where(drawn, x0_hat.clamp(-1, 1), x0), noise, logsnr).x_t
         with torch.no_grad():
             output, _ = denoiser.raw(x_t, logsnr, cond)
         config = denoiser.config
