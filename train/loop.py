@@ -97,7 +97,7 @@ class Run:
         self._prepare()
         self.validation = Validation(self.task, accelerator)
         self.clock = Clock(accelerator.device)
-        self.log = Log(self.folder, console, stage, 3 * plan.flops, self.clock, self.trackers, self.main)
+        self.log = Log(self.folder, console, stage, plan.step_flops, self.clock, self.trackers, self.main)
         self.skips, self.spikes = Skips(stage, self.cfg.skip_limit, accelerator.scaler is not None), Spikes()
 
     def _make(self, out: Path) -> tuple[Task, Trackers]:
@@ -310,7 +310,7 @@ def print_plan(console: Console, recipe: Recipe, stage: str, accelerator: Accele
         "global batch": f"{cfg.batch} = {world} x {cfg.accumulate} accumulated x {share}",
         "precision": cfg.precision,
         "parameters": f"{plan.parameters / 1e6:.1f}M",
-        "FLOP per image": f"{3 * plan.flops / 1e9:.2f}G (forward {plan.flops / 1e9:.2f}G)",
+        "FLOP per image": f"{plan.step_flops / 1e9:.2f}G (forward {plan.flops / 1e9:.2f}G)",
         "memory per process": f"{sum(memory):.2f} GiB estimated (weights, gradients, optimiser and averages "
         f"{memory[0]:.2f}, casts {memory[1]:.2f}, activations {memory[2]:.2f})",
         "images to train": f"{cfg.images:,}",

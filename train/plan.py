@@ -27,6 +27,7 @@ UNCOUNTED = {
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
     )
 }
+Run = Callable[[int], object]  # on a batch of so many images
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,26 +36,33 @@ class Plan:
     """The cost of one stage. An image is a training sample: a crop where the stage trains on crops."""
 
     parameters: int
-    flops: float  # of one image's forward pass; backward is twice that
+    flops: float  # of one image's forward pass, with what it costs the guess and the fine network to learn
+    looks: float  # of the forward pass that nothing learns from: the base's, for its fine network
     activations: float  # bytes that one image's forward pass keeps for backward
     casts: float  # bytes of the weights in the working precision, beside the float32 ones
+
+    @property
+    def step_flops(self) -> float:
+        """Of all that one image costs a training step. Backward is twice its forward pass."""
+        return 3 * self.flops + self.looks
 
 
 def make_plan(recipe: Recipe, stage: str) -> Plan:
     """The plan of a stage at the recipe's sizes and precision."""
     dtype = DTYPES[recipe.train_of(stage).precision]
     with FakeTensorMode():
-        network, run = _network(recipe, stage)
-        two, three = (_measure(run, network, batch, dtype) for batch in (2, 3))
+        network, forward, learn = _network(recipe, stage)
+        looks = 0.0
+        if isinstance(network, UNet) and network.fine is not None:
+            looks = _measure(forward, network, 3, dtype)[0] - _measure(forward, network, 2, dtype)[0]
+        two, three = (_measure(learn, network, batch, dtype) for batch in (2, 3))
         parameters = sum(p.numel() for p in network.parameters())
     kept = three[1] - two[1]  # what does not grow with the batch is weights
-    return Plan(parameters, three[0] - two[0], kept, two[1] - 2 * kept)
+    return Plan(parameters, three[0] - two[0], looks, kept, two[1] - 2 * kept)
 
 
-def _measure(
-    run: Callable[[int], Tensor], network: nn.Module, batch: int, dtype: torch.dtype | None
-) -> tuple[float, float]:
-    """FLOPs of a forward pass, and the bytes it keeps for backward beside the weights themselves."""
+def _measure(run: Run, network: nn.Module, batch: int, dtype: torch.dtype | None) -> tuple[float, float]:
+    """FLOPs of forward passes, and the bytes they keep for backward beside the weights themselves."""
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # the storages too: a freed one's address would come again
 
@@ -82,8 +90,9 @@ def _measure(
     return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
-def _network(recipe: Recipe, stage: str) -> tuple[nn.Module, Callable[[int], Tensor]]:
-    """The stage's network, and its forward pass on a batch of so many images."""
+def _network(recipe: Recipe, stage: str) -> tuple[nn.Module, Run, Run]:
+    """The stage's network; its forward pass on a batch of so many images; and all that learns in a step on
+    them, its guess and its fine network too."""
     part = recipe.of(stage)
     length = int(recipe.text.get("max_length") or TEXT_LENGTH)
     if isinstance(part, StageRecipe):
@@ -91,12 +100,13 @@ def _network(recipe: Recipe, stage: str) -> tuple[nn.Module, Callable[[int], Ten
     return _prior(part, length) if isinstance(part, PriorRecipe) else _clip(part, length)
 
 
-def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
-    cfg, side = part.stage.unet, part.train.crop_px or part.stage.image_px
+def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Run, Run]:
+    cfg, train = part.stage.unet, part.train
+    side = train.crop_px or part.stage.image_px
     network = UNet(cfg)
-    network.gradient_checkpointing = part.train.gradient_checkpointing
+    network.gradient_checkpointing = train.gradient_checkpointing
 
-    def run(batch: int) -> Tensor:
+    def told(batch: int) -> Conditioning:
         text = None if not cfg.text_dims else _text(batch, length, cfg.text_dims, cfg.text_embed_dim)
         if text is not None and cfg.text_transformer is not None:
             text = _ids(batch, cfg.text_transformer.length)
@@ -104,7 +114,7 @@ def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Callable[[int], Te
         lowres = torch.empty(batch, cfg.lowres_channels, side, side) if cfg.lowres_channels else None
         level = None if lowres is None else torch.empty(batch)
         keep = torch.ones(batch, dtype=torch.bool)
-        cond = Conditioning(
+        return Conditioning(
             text=text,
             image_embed=embed,
             lowres=lowres,
@@ -112,35 +122,57 @@ def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Callable[[int], Te
             text_keep=keep[:, None].expand(-1, len(cfg.text_dims)) if text and cfg.learned_null else None,
             image_keep=None if embed is None else keep,
         )
-        return network(torch.empty(batch, cfg.in_channels, side, side), torch.empty(batch), cond)
 
-    return network, run
+    def forward(batch: int) -> Tensor:
+        return network(torch.empty(batch, cfg.in_channels, side, side), torch.empty(batch), told(batch))
+
+    def learn(batch: int) -> list[Tensor]:
+        found = [forward(batch)]
+        if network.guess is not None:
+            count = batch * train.guess_batch // train.batch
+            found.append(network.guess(told(count), count))
+        if network.fine is not None:
+            x, noise = torch.empty(batch, cfg.in_channels, side, side), torch.empty(batch, 1, 1, 1)
+            found.append(network.fine.loss(x, noise, noise.flatten(), x, x, torch.empty(batch, 2)))
+        return found
+
+    return network, forward, learn
 
 
-def _prior(part: PriorRecipe, length: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
-    cfg = part.model
+def _prior(part: PriorRecipe, length: int) -> tuple[nn.Module, Run, Run]:
+    cfg, train = part.model, part.train
     network = PriorNet(cfg)
 
-    def run(batch: int) -> Tensor:
+    def told(batch: int) -> TextEmbedding:
         dims = (cfg.text_dim,) * (cfg.text_sequence + 1)
-        text = _text(batch, min(length, cfg.text_length), dims, cfg.embed_dim)
-        prefix = network.prepare(text, torch.ones(batch, dtype=torch.bool) if cfg.learned_null else None)
+        return _text(batch, min(length, cfg.text_length), dims, cfg.embed_dim)
+
+    def forward(batch: int) -> Tensor:
+        keep = torch.ones(batch, dtype=torch.bool) if cfg.learned_null else None
+        prefix = network.prepare(told(batch), keep)
         return network(torch.empty(batch, cfg.embed_dim), torch.empty(batch), prefix)
 
-    return network, run
+    def learn(batch: int) -> list[Tensor]:
+        found = [forward(batch)]
+        if network.guess is not None:
+            tokens = told(batch * train.guess_batch // train.batch).sequences[cfg.text_sequence]
+            found.append(network.guess(tokens))
+        return found
+
+    return network, forward, learn
 
 
-def _clip(part: ClipRecipe, length: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
+def _clip(part: ClipRecipe, length: int) -> tuple[nn.Module, Run, Run]:
     cfg = part.model
     network = CLIP(cfg)
     network.build_vision()
 
-    def run(batch: int) -> Tensor:
+    def forward(batch: int) -> Tensor:
         text = _text(batch, length, (cfg.text_dim,) * (cfg.text_sequence + 1))
         images = torch.empty(batch, 3, cfg.image_px, cfg.image_px)
         return network.encode_image(images).sum() + network.encode_text(text).sum()
 
-    return network, run
+    return network, forward, forward
 
 
 def _ids(batch: int, length: int) -> TextEmbedding:

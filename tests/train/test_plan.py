@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade.nn.unet import UNet
 from prior.clip import CLIP
 from prior.diffusion import PriorNet
+from tests.conftest import EMBED, LENGTH, WIDTH
 from train.plan import _measure, _network, make_plan
 from train.recipe import Recipe
+from train.tasks import make_task
 
 Tiny = Callable[..., Recipe]
 
@@ -22,9 +25,9 @@ Tiny = Callable[..., Recipe]
 def real(recipe: Recipe, stage: str) -> tuple[nn.Module, float]:
     """The stage's network, and the FLOPs of one image's forward pass counted as it really runs, attention as
     matrix products."""
-    network, run = _network(recipe, stage)
+    network, _, learn = _network(recipe, stage)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run(2)
+        learn(2)
     return network, counter.get_total_flops() / 2
 
 
@@ -39,6 +42,31 @@ def test_a_plan_is_that_of_the_real_network(tiny: Tiny, stage: str, kind: type) 
     assert plan.parameters == sum(p.numel() for p in network.parameters())
     assert plan.flops == pytest.approx(flops)
     assert plan.activations > 0 and plan.casts == 0  # precision fp32
+
+
+def test_a_step_costs_what_the_task_computes(
+    tiny: Tiny, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a guess on two pictures an image, and a fine network, for which the base looks once more."""
+    monkeypatch.setattr("train.plan.TEXT_LENGTH", LENGTH)
+    settings = ["patch=4", "fine_channels=[8, 8]", "position_grid=4", "guess_width=8"]
+    recipe = tiny(*(f"base.stage.unet.{s}" for s in settings), "base.train.guess_batch=16")
+    plan, task = make_plan(recipe, "base"), make_task(recipe, trained, "base")
+    batch = task.make([0, 1], [0, 1])
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        task(batch)
+    assert plan.flops + plan.looks == pytest.approx(counter.get_total_flops() / 2)
+    assert plan.step_flops == 3 * plan.flops + plan.looks
+    assert 0 < plan.looks < plan.flops
+
+
+def test_the_guess_of_a_prior_is_counted_for_its_own_batch(tiny: Tiny) -> None:
+    """Three dense layers, on two texts an image more."""
+    flops = [
+        make_plan(tiny("prior.model.guess_width=8", f"prior.train.guess_batch={count}"), "prior").flops
+        for count in (8, 24)
+    ]
+    assert flops[1] - flops[0] == 2 * 2 * 8 * (WIDTH + 8 + EMBED)
 
 
 def test_a_linear_layer_keeps_its_input_and_its_cast_weight() -> None:
