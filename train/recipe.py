@@ -237,6 +237,10 @@ def load_recipe(source: str, settings: list[str] | None = None) -> Recipe:
     if recipe.prior is not None and recipe.prior.model.embed_dim != width:
         found = recipe.prior.model.embed_dim
         raise InputError(f"recipe.prior.model.embed_dim {found}: expected clip.model.embed_dim, {width}")
+    if recipe.clip is not None and recipe.clip.train is not None:
+        _check_guess("recipe.clip", 0, recipe.clip.train)
+    if recipe.prior is not None:
+        _check_guess("recipe.prior", recipe.prior.model.guess_width, recipe.prior.train)
     below = None
     for name, part in recipe.pictures.items():
         _check_stage(f"recipe.{name}", name, part, width, below)
@@ -294,7 +298,7 @@ def _check_stage(
     where: str, name: str, part: StageRecipe, embed_dim: int | None, below: StageConfig | None
 ) -> None:
     """Refuse a stage that does not fit the CLIP or the stage `below` it (None: it is the first)."""
-    cfg, unet, crop = part.stage, part.stage.unet, part.train.crop_px
+    cfg, unet, train, crop = part.stage, part.stage.unet, part.train, part.train.crop_px
 
     def expect(key: str, found: object, holds: bool, expected: str) -> None:
         if not holds:
@@ -323,3 +327,22 @@ def _check_stage(
     step = math.lcm(size, factor)
     fits = side <= cfg.image_px and side % step == 0
     expect("train.crop_px", crop, fits, f"a multiple of {step}, at most image_px {cfg.image_px}")
+    _check_guess(where, unet.guess_width, train)
+    told = unet.image_embed_dim is not None and unet.learned_null
+    fits = not train.image_blend or (told and bool(unet.text_dims))
+    expected = "0, or texts, image embeddings and nulls of the network's own"
+    expect("train.image_blend", train.image_blend, fits, expected)
+    fits = not train.vary or (told and crop is None)
+    expected = "0, or whole pictures, image embeddings and a null text of the network's own"
+    expect("train.vary", train.vary, fits, expected)
+    fits = cfg.last_unet is None or train.init_from is not None
+    expect("train.init_from", None, fits, "a model, whose stage.last_unet is taken over as it is")
+
+
+def _check_guess(where: str, width: int, train: TrainConfig) -> None:
+    """Refuse a guess that would not learn, and pictures that none would learn from."""
+    if bool(width) != bool(train.guess_batch):
+        expected = "0" if train.guess_batch else f"a multiple of batch, {train.batch}"
+        raise InputError(
+            f"{where}.train.guess_batch {train.guess_batch}: expected {expected}, for guess_width {width}"
+        )

@@ -40,7 +40,7 @@ from train.data import open_pictures
 from train.encoded import ImageStore, TextStore
 from train.grids import prompt_sheet, upsampling_sheet
 from train.lora import adapter_tensors, base_tensors, inject
-from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe, TrainConfig
+from train.recipe import ClipRecipe, PriorRecipe, Recipe, StageRecipe
 
 OWN = 0.1, 0.6  # between these t a network's estimates of x_0 are like the pictures that it draws
 FINE_SCALE = 0.03  # of the fine network's loss, so that its gradient does not fill the limit for both
@@ -135,7 +135,6 @@ class ClipTask(Task):
         assert isinstance(part, ClipRecipe)
         self.cfg = part.model
         check_width("clip.model.text_dim", self.cfg.text_dim, self.text.dims, self.cfg.text_sequence)
-        check_guess("clip", 0, self.settings)
         self.check_siblings(None)
         self.network = CLIP(self.cfg)
         self.network.build_vision()
@@ -198,7 +197,6 @@ class PriorTask(Task):
         if cfg.text_length < self.text.max_length:
             expected = f"at least the text encoder's {self.text.max_length} tokens"
             raise InputError(f"prior.model.text_length {cfg.text_length}: expected {expected}")
-        check_guess("prior", cfg.guess_width, self.settings)
         self.clip, self.prediction = load_clip(recipe, out), cfg.prediction
         images = open_images(recipe, out, self.pictures)
         self.check_siblings(images)
@@ -252,22 +250,11 @@ class StageTask(Task):
         if dims and dims != self.text.dims:
             found, expected = list(dims), list(self.text.dims)
             raise InputError(f"{name}.stage.unet.text_dims {found}: expected the text encoder's {expected}")
-        check_guess(name, self.cfg.unet.guess_width, self.settings)
-        told = self.cfg.unet.image_embed_dim and self.cfg.unet.learned_null
-        if self.settings.image_blend and not (told and dims):
-            expected = "0, or texts, image embeddings and nulls of the network's own"
-            raise InputError(f"{name}.train.image_blend {self.settings.image_blend:g}: expected {expected}")
-        if self.settings.vary and not (told and self.settings.crop_px is None):
-            expected = "0, or whole pictures, image embeddings and a null text of the network's own"
-            raise InputError(f"{name}.train.vary {self.settings.vary:g}: expected {expected}")
         self.last_unet = self.cfg.last_unet
-        if self.last_unet is not None and self.settings.init_from is None:
-            expected = f"{name}.train.init_from, a model whose network it takes over as it is"
-            raise InputError(f"{name}.stage.last_unet is not trained: expected {expected}")
         self.stage = Stage(replace(self.cfg, last_unet=None))
         self.network = self.stage.unet
         images = open_images(recipe, out, self.pictures) if self.cfg.unet.image_embed_dim else None
-        self.check_siblings(images if told and dims else None)
+        self.check_siblings(images if dims and self.cfg.unet.learned_null else None)
         self.make = StageMaker(recipe, name, self.pictures, self.text, images)
         if dims and not self.cfg.unet.learned_null:
             self.text.with_null()
@@ -354,14 +341,6 @@ def make_task(recipe: Recipe, out: Path, name: str) -> Task:
         task = StageTask(recipe, out, name)
     task.start()
     return task
-
-
-def check_guess(name: str, width: int, settings: TrainConfig) -> None:
-    """Refuse a guess that would not learn, and pictures that none would learn from."""
-    if bool(width) != bool(settings.guess_batch):
-        expected = "0" if settings.guess_batch else f"a multiple of batch, {settings.batch}"
-        found = f"{name}.train.guess_batch {settings.guess_batch}"
-        raise InputError(f"{found}: expected {expected}, for guess_width {width}")
 
 
 def check_width(key: str, width: int, dims: tuple[int, ...], sequence: int) -> None:

@@ -201,7 +201,10 @@ def the_last_network_is_kept_to_the_bit(argv: list[str], public: Path, folder: P
     shutil.copytree(public / "karlo", folder / "without")
     edit_json(folder / "without" / "model_index.json", super_res_last=[None, None])
     for setting, words in (
-        ("train.init_from=null", "sr256.stage.last_unet is not trained: expected sr256.train.init_from"),
+        (
+            "train.init_from=null",
+            "recipe.sr256.train.init_from None: expected a model, whose stage.last_unet",
+        ),
         ("stage.last_unet=null", r"init_from: .*unexpected tensor last\."),
         (f"train.init_from={folder / 'without'}", r"init_from: .*missing tensor last\."),
     ):

@@ -66,6 +66,14 @@ def test_settings_go_on_top(tiny: Tiny) -> None:
         ("sr256.stage.image_px=40", "recipe.sr256.stage.image_px 40: expected a multiple of lowres_px, 16"),
         ("sr256.stage.augment=null", "recipe.sr256.stage.augment None: expected a mapping"),
         ("sr256.stage.unet.lowres_channels=0", "lowres_channels 0: expected 3 in this stage"),
+        ("clip.train.guess_batch=8", "recipe.clip.train.guess_batch 8: expected 0, for guess_width 0"),
+        ("base.train.guess_batch=8", "recipe.base.train.guess_batch 8: expected 0, for guess_width 0"),
+        (
+            "prior.model.guess_width=8",
+            "prior.train.guess_batch 0: expected a multiple of batch, 8, for guess",
+        ),
+        ("sr256.train.image_blend=0.5", "recipe.sr256.train.image_blend 0.5: expected 0, or texts, image"),
+        ("sr256.train.vary=0.5", "recipe.sr256.train.vary 0.5: expected 0, or whole pictures, image embeddi"),
         ("base.stage.unet.blocks=[1]", "unet.blocks has 1 entries, channels has 2"),
         ("base.stage.sampling.steps=0", "stage base.steps: expected an integer from 1"),
         ("data.styles=[]", "recipe.data: styles .*: expected at least one"),
@@ -80,6 +88,12 @@ def test_bad_settings_are_refused_with_one_line(tiny: Tiny, setting: str, messag
     with pytest.raises(InputError, match=message) as caught:
         tiny(setting)
     assert "\n" not in str(caught.value)
+
+
+def test_variants_are_of_whole_pictures(tiny: Tiny) -> None:
+    assert tiny("base.train.vary=0.5").train_of("base").vary == 0.5
+    with pytest.raises(InputError, match="recipe.base.train.vary 0.5: expected 0, or whole pictures"):
+        tiny("base.train.vary=0.5", "base.train.crop_px=8")
 
 
 def test_a_multiple_of_the_lowres_grid_is_asked_of_crops(tiny: Tiny) -> None:

@@ -255,40 +255,11 @@ def test_a_prior_learns_its_guess_from_embeddings_of_its_own(tiny: Tiny, trained
     assert task.network.net.guess.output.weight.grad.abs().max() > 0
 
 
-def test_clip_makes_no_guess(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="clip.train.guess_batch 8: expected 0, for guess_width 0"):
-        make_task(tiny("clip.train.guess_batch=8"), tmp_path, "clip")
-
-
-@pytest.mark.parametrize(("width", "batch"), [(0, 16), (8, 0)])
-def test_a_guess_without_pictures_or_pictures_without_a_guess(
-    tiny: Tiny, trained: Path, width: int, batch: int
-) -> None:
-    settings = [f"base.stage.unet.guess_width={width}", f"base.train.guess_batch={batch}"]
-    with pytest.raises(InputError, match=f"base.train.guess_batch {batch}: expected .*guess_width {width}"):
-        make_task(tiny(GUESS[0], *settings), trained, "base")
-
-
-def test_embeddings_are_blended_for_networks_that_take_them(tiny: Tiny, trained: Path) -> None:
-    message = "sr256.train.image_blend 0.5: expected 0, or texts, image embeddings and nulls"
-    with pytest.raises(InputError, match=message):
-        make_task(tiny("sr256.train.image_blend=0.5"), trained, "sr256")
-
-
 @pytest.mark.parametrize("stage", ["clip", "sr256"])
 def test_siblings_are_for_stages_that_take_stored_embeddings(tiny: Tiny, trained: Path, stage: str) -> None:
     message = f"{stage}.train.image_siblings 0.5: expected 0, or texts, image embeddings that are stored"
     with pytest.raises(InputError, match=message):
         make_task(tiny(f"{stage}.train.image_siblings=0.5"), trained, stage)
-
-
-def test_variants_are_of_whole_pictures_and_for_networks_that_take_embeddings(
-    tiny: Tiny, trained: Path
-) -> None:
-    for stage, settings in (("sr256", []), ("base", ["base.train.crop_px=8"])):
-        message = f"{stage}.train.vary 0.5: expected 0, or whole pictures, image embeddings and a null"
-        with pytest.raises(InputError, match=message):
-            make_task(tiny(f"{stage}.train.vary=0.5", *settings), trained, stage)
 
 
 FINE = ["base.stage.unet.patch=4", "base.stage.unet.fine_channels=[8, 8]"]
