@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from cascade.arguments import Parser
-from cascade.errors import InputError, unknown
+from cascade.errors import InputError
 from eval.captioned import Record, draw, read_records
 from eval.judge.run import Judge
 from eval.judge.table import markdown
@@ -77,7 +77,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = list(model.stages.values())
     for px in arguments.px or []:
         if px not in sizes:
-            raise unknown("size", px, map(str, sizes), where="--px")
+            nearest = min(sizes, key=lambda size: abs(size - px))
+            expected = f"one of {', '.join(map(str, sizes))}; did you mean {nearest}?"
+            raise InputError(f"--px {px}: expected {expected}")
     wanted = sorted(set(arguments.px or sizes))
     counts = dict(zip(wanted, arguments.count + arguments.count[-1:] * len(wanted), strict=False))
     identity = f"{model.sha256[:12]}-{model.device}-{model.dtype}"

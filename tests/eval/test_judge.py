@@ -324,7 +324,7 @@ def test_the_whole_report(
         (["--count", "63"], "--count 63: expected an integer of at least 64"),
         (["--count", "64", "0"], "--count 0: expected an integer of at least 64"),
         (["--count", "129"], "--count 129: expected at most 128, the captions of split train"),
-        (["--count", "64", "--px", "17"], "unknown size 17 in --px: expected one of 16, 32, 64"),
+        (["--count", "64", "--px", "17"], "--px 17: expected one of 16, 32, 64; did you mean 16?"),
         (["--seed", "-1"], "--seed -1: expected an integer of at least 0"),
         (["--count", "many"], "invalid int value: 'many'"),
         (["--out", "report"], "--out report: expected a name that ends in .json"),
