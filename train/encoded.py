@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from cascade.text import TextEncoder, load_text_encoder
 from prior import CLIP, OpenCLIP
 from train.cache import MANIFEST, Cache, Row, finish, list_hash, made_from, write_shard
 from train.data import BadPicture, PictureSet, View
+from train.progress import tracked
 
 SMALL = 50_000  # pictures: so small a set is encoded before training, not in it
 SHARD = 1024  # pictures whose captions, or embeddings, stand in one file
@@ -58,7 +58,7 @@ class Store(ABC):
         mine = range(rank, len(names), world)
         sources = {number: list_hash(self.about, self.listed(number)) for number in mine}
         todo = [number for number in mine if made_from(self.folder / names[number]) != sources[number]]
-        for number in track(todo, str(self.about["kind"]), disable=rank > 0 or not todo):
+        for number in tracked(todo, f"{self.about['kind']} cache", quiet=rank > 0 or not todo):
             write_shard(self.folder / names[number], sources[number], *self.encoded(number))
         barrier()
         found = {name: made_from(self.folder / name) for name in names}

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from cascade.checkpoint import write_json
 from cascade.text import clean_caption, load_text_encoder
 from train.data import BadPicture, PictureSet, open_pictures
 from train.files import whole_file
+from train.progress import tracked
 from train.recipe import Recipe
 
 NAMED = 8  # bad pictures in the table; the report names all
@@ -83,7 +83,7 @@ def _look(pictures: PictureSet, chosen: np.ndarray) -> tuple[np.ndarray, dict[st
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(look, range(len(chosen)))
-        for error in track(found, "pictures", len(chosen), transient=True):
+        for error in tracked(found, "pictures", len(chosen)):
             if error is not None:
                 bad[error.name] = error.reason
     return sizes, bad

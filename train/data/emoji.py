@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from cascade import random
 from cascade.errors import InputError, unknown
@@ -21,6 +20,7 @@ from train.data.config import DataConfig
 from train.data.decode import read_file
 from train.data.pictures import PictureSet, weighted
 from train.files import whole_file
+from train.progress import tracked
 
 KEYS = (
     "file_name",
@@ -143,7 +143,9 @@ class EmojiPictures(PictureSet):
                 array[i] = self.resized(i, px).permute(1, 2, 0).numpy()
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for _ in track(pool.map(make, range(len(self.records))), f"{px} px", len(self.records)):
+                for _ in tracked(
+                    pool.map(make, range(len(self.records))), f"pictures at {px} px, once", len(self.records)
+                ):
                     pass
             array.flush()
 

@@ -27,7 +27,6 @@ from urllib.request import urlopen
 
 import numpy as np
 from filelock import FileLock
-from rich.progress import track
 
 from cascade.errors import InputError
 from train.data.config import DataConfig
@@ -35,6 +34,7 @@ from train.data.decode import BadPicture, size_of
 from train.data.order import Order, Shuffled, Streamed
 from train.data.table import SIDES, TablePictures, expand, one_line
 from train.files import whole_file
+from train.progress import tracked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -181,7 +181,7 @@ def _index(cfg: DataConfig, shards: Shards) -> tuple[Dataset, list[int]]:
     from datasets import Dataset, concatenate_datasets
 
     columns, parts = (tuple(cfg.captions), tuple(cfg.ranges)), []
-    for number, source in track(list(enumerate(shards.sources)), "index", transient=True):
+    for number, source in tracked(list(enumerate(shards.sources)), "index"):
         path = Path(cfg.folder) / "cache" / "index" / f"{digest(repr((_version(source), columns)))}.arrow"
         if not path.exists():
             _write(path, _rows(shards, number, cfg), cfg)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import track
 
 from cascade import random
 from cascade.errors import InputError, unknown
@@ -26,6 +25,7 @@ from train.data.decode import BadPicture, read_file, size_of
 from train.data.order import Order, Shuffled, mix
 from train.data.pictures import PictureSet, weighted
 from train.files import whole_file
+from train.progress import tracked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -152,7 +152,7 @@ class TablePictures(PictureSet):
                 pass  # stays 0: training finds it, lists it, and takes another
 
         with ThreadPoolExecutor() as pool:
-            for _ in track(pool.map(read, range(len(self))), "sizes", len(self)):
+            for _ in tracked(pool.map(read, range(len(self))), "sizes", len(self)):
                 pass
         return sizes
 
