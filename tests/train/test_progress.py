@@ -9,7 +9,7 @@ from train.progress import EVERY_S, tracked
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of EVERY_S passes from one look at the clock to the next: one before the items, one after each."""
+    """A third of EVERY_S from one look at the clock to the next: one before the items, one after each."""
     now = iter(EVERY_S / 3 * n for n in range(1000))
     monkeypatch.setattr("train.progress.time.monotonic", lambda: next(now))
 
