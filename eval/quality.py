@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from cascade import Cascade, random
@@ -40,6 +38,7 @@ from cascade.augment import upsample
 from cascade.checkpoint import resolve_source
 from cascade.errors import InputError, unknown
 from cascade.images import downsample, save_png, to_pil
+from cascade.progress import tracked
 from cascade.stage import Stage
 from eval.captioned import Record, draw, load_picture, read_records
 from eval.process import ROOT, measure
@@ -94,7 +93,7 @@ def draw_pictures(pipe: Cascade, captions: list[str], seeds: list[int], stage: s
     parts = [slice(i, i + BATCH) for i in range(0, len(captions), BATCH)]
     pictures = [
         pipe(captions[part], seed=seeds[part], stop_at=stage).stages[stage]
-        for part in bar(parts, f"match {what}")
+        for part in tracked(parts, f"match {what}")
     ]
     return torch.cat(pictures)
 
@@ -131,7 +130,7 @@ def _enlarge_all(pipe: Cascade, name: str, records: list[Record], seed: int) -> 
     assert config.lowres_px is not None
     settings: dict[str, Any] = {name: {"aug_level": 0.0}}
     rows = []
-    for record in bar(records, name):
+    for record in tracked(records, name):
         real = load_picture(record, config.image_px)[None]  # 1 3 H W
         lowres = downsample(real, config.lowres_px)
         bicubic = upsample(lowres, (config.image_px, config.image_px)).clamp(-1, 1)
@@ -175,7 +174,7 @@ def speed(pipe: Cascade, folder: Path, prompt: str, seed: int) -> dict[str, Any]
     """Seconds of a call with default settings after one to warm up (the median, and each), and seconds and
     peak memory of the same as a command. Raises InputError where the command fails."""
     size, calls = pipe(prompt, seed=seed).images[0].size, []
-    for _ in bar(range(WARM_CALLS), "speed"):
+    for _ in tracked(range(WARM_CALLS), "speed"):
         start = time.perf_counter()
         pipe(prompt, seed=seed)  # the pictures come as PIL images: nothing is left to wait for
         calls.append(time.perf_counter() - start)
@@ -336,12 +335,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print("\n".join([*summary(report), f"report: {arguments.out}"]))
     return 0
-
-
-def bar(items: Sequence[Any], what: str) -> Any:
-    """Progress on stderr, when that is a terminal."""
-    console = Console(stderr=True)
-    return track(items, what, console=console, disable=not console.is_terminal, transient=True)
 
 
 if __name__ == "__main__":

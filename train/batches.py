@@ -196,7 +196,7 @@ class Maker(ABC):
         """What a step's guess of x_0 learns from: `guess_batch` samples over all processes, in the same order
         as the others, through which they run faster. Of a caption a guess takes the mean token, so that is
         all it gets: a fraction of the bytes."""
-        share = self.train.guess_batch // self.train.batch
+        share = self.train.guess_share
         if not share:
             return {}
         places = [p * share + k for p in positions for k in range(share)]

@@ -22,11 +22,11 @@ from cascade import random
 from cascade.conditioning import TextEmbedding, Tokens
 from cascade.errors import InputError
 from cascade.images import from_uint8
+from cascade.progress import tracked
 from cascade.text import TextEncoder, load_text_encoder
 from prior import CLIP, OpenCLIP
 from train.cache import MANIFEST, Cache, Row, finish, list_hash, made_from, write_shard
 from train.data import BadPicture, PictureSet, View
-from train.progress import tracked
 
 SMALL = 50_000  # pictures: so small a set is encoded before training, not in it
 SHARD = 1024  # pictures whose captions, or embeddings, stand in one file

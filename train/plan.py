@@ -52,13 +52,19 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     dtype = DTYPES[recipe.train_of(stage).precision]
     with FakeTensorMode():
         network, forward, learn = _network(recipe, stage)
-        looks = 0.0
-        if isinstance(network, UNet) and network.fine is not None:
-            looks = _measure(forward, network, 3, dtype)[0] - _measure(forward, network, 2, dtype)[0]
-        two, three = (_measure(learn, network, batch, dtype) for batch in (2, 3))
+        flops, kept, casts = _per_image(learn, network, dtype)
+        fine = isinstance(network, UNet) and network.fine is not None
+        looks = _per_image(forward, network, dtype)[0] if fine else 0.0
         parameters = sum(p.numel() for p in network.parameters())
-    kept = three[1] - two[1]  # what does not grow with the batch is weights
-    return Plan(parameters, three[0] - two[0], looks, kept, two[1] - 2 * kept)
+    return Plan(parameters, flops, looks, kept, casts)
+
+
+def _per_image(run: Run, network: nn.Module, dtype: torch.dtype | None) -> tuple[float, float, float]:
+    """What one image more costs in FLOPs and bytes kept; and the bytes that do not grow with the batch, which
+    are weights."""
+    two, three = (_measure(run, network, batch, dtype) for batch in (2, 3))
+    kept = three[1] - two[1]
+    return three[0] - two[0], kept, two[1] - 2 * kept
 
 
 def _measure(run: Run, network: nn.Module, batch: int, dtype: torch.dtype | None) -> tuple[float, float]:
@@ -129,7 +135,7 @@ def _unet(part: StageRecipe, length: int) -> tuple[nn.Module, Run, Run]:
     def learn(batch: int) -> list[Tensor]:
         found = [forward(batch)]
         if network.guess is not None:
-            count = batch * train.guess_batch // train.batch
+            count = batch * train.guess_share
             found.append(network.guess(told(count), count))
         if network.fine is not None:
             x, noise = torch.empty(batch, cfg.in_channels, side, side), torch.empty(batch, 1, 1, 1)
@@ -155,7 +161,7 @@ def _prior(part: PriorRecipe, length: int) -> tuple[nn.Module, Run, Run]:
     def learn(batch: int) -> list[Tensor]:
         found = [forward(batch)]
         if network.guess is not None:
-            tokens = told(batch * train.guess_batch // train.batch).sequences[cfg.text_sequence]
+            tokens = told(batch * train.guess_share).sequences[cfg.text_sequence]
             found.append(network.guess(tokens))
         return found
 

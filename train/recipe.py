@@ -128,6 +128,11 @@ class TrainConfig:
         multiple = self.batch % self.crops_per_picture == 0
         self._expect("batch", multiple, f"a multiple of crops_per_picture, {self.crops_per_picture}")
 
+    @property
+    def guess_share(self) -> int:
+        """Pictures that the guess learns from, for each of the batch."""
+        return self.guess_batch // self.batch
+
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name} {getattr(self, name)!r}: expected {expected}")

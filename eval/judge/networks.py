@@ -25,9 +25,9 @@ from cascade import random
 from cascade.checkpoint import load_tensors
 from cascade.errors import InputError
 from cascade.pretrained.source import write_tensors
+from cascade.progress import tracked
 from cascade.text import TextEncoder
 from eval.captioned import Record
-from eval.quality import bar
 from prior.clip import MAX_LOGIT_SCALE, contrastive_loss
 
 IGNORED = -100  # label of a picture that does not have the attribute
@@ -140,7 +140,7 @@ class Classifier(Trainable):
 def caption_rows(encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
     """Mean and maximum over the tokens of each caption's states: N 2D."""
     rows = []
-    for start in bar(range(0, len(captions), CAPTIONS), "captions"):
+    for start in tracked(range(0, len(captions), CAPTIONS), "captions"):
         tokens = encoder(captions[start : start + CAPTIONS]).sequences[0]
         most = tokens.states.masked_fill(~tokens.mask[:, :, None], -torch.inf).amax(dim=1)
         rows.append(torch.cat([tokens.mean(torch.float32), most], dim=1))
@@ -218,7 +218,7 @@ def _fit(network: Trainable, data: list[Tensor], config: Training, what: str) ->
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps + 1, pct_start=0.1)
     network.standardise(*data)
     network.train()
-    for _ in bar(range(config.epochs), f"training {what}"):
+    for _ in tracked(range(config.epochs), f"training {what}"):
         order = torch.randperm(count).to(data[0].device)
         for part in order[: count - count % batch].split(batch):
             loss = network.loss(*(x[part] for x in data))

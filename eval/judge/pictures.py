@@ -16,16 +16,17 @@ from torch import Tensor
 from cascade import Cascade
 from cascade.checkpoint import sha256
 from cascade.images import save_png, to_pil
+from cascade.progress import tracked
 from eval.captioned import Record, load_picture
 from eval.extractors.base import Extractor
 from eval.features import Picture, picture_rows
-from eval.quality import BATCH, bar, picture_seeds
+from eval.quality import BATCH, picture_seeds
 
 
 def data_sha256(records: Sequence[Record]) -> str:
     """Of captions, attributes and pictures, in any order."""
     digest = hashlib.sha256()
-    for r in bar(sorted(records, key=lambda record: record.path), "hashes"):
+    for r in tracked(sorted(records, key=lambda record: record.path), "hashes"):
         digest.update(f"{sha256(r.path)} {r.split} {r.text} {sorted(r.attributes.items())}\n".encode())
     return digest.hexdigest()
 
@@ -57,7 +58,7 @@ class Workshop:
         files = []
         names = list(self.stages.values())
         names = names[int(real) : names.index(self.stages[px]) + 1]  # the stages that run
-        for batch in bar([*_batches(records)], what):
+        for batch in tracked([*_batches(records)], what):
             seeds = picture_seeds([record.text for record in batch], self.seed)
             paths = {name: self._paths(name, seeds, real) for name in names}
             if not all(path.is_file() for path in paths[names[-1]]):

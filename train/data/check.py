@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade.checkpoint import write_json
+from cascade.progress import tracked
 from cascade.text import clean_caption, load_text_encoder
 from train.data import BadPicture, PictureSet, open_pictures
 from train.files import whole_file
-from train.progress import tracked
 from train.recipe import Recipe
 
 NAMED = 8  # bad pictures in the table; the report names all

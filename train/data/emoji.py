@@ -15,12 +15,12 @@ import torch
 
 from cascade import random
 from cascade.errors import InputError, unknown
+from cascade.progress import tracked
 from train.data import phrases
 from train.data.config import DataConfig
 from train.data.decode import read_file
 from train.data.pictures import PictureSet, weighted
 from train.files import whole_file
-from train.progress import tracked
 
 KEYS = (
     "file_name",

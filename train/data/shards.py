@@ -29,12 +29,12 @@ import numpy as np
 from filelock import FileLock
 
 from cascade.errors import InputError
+from cascade.progress import tracked
 from train.data.config import DataConfig
 from train.data.decode import BadPicture, size_of
 from train.data.order import Order, Shuffled, Streamed
 from train.data.table import SIDES, TablePictures, expand, one_line
 from train.files import whole_file
-from train.progress import tracked
 
 if TYPE_CHECKING:
     from datasets import Dataset

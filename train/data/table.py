@@ -20,12 +20,12 @@ import numpy as np
 
 from cascade import random
 from cascade.errors import InputError, unknown
+from cascade.progress import tracked
 from train.data.config import DataConfig
 from train.data.decode import BadPicture, read_file, size_of
 from train.data.order import Order, Shuffled, mix
 from train.data.pictures import PictureSet, weighted
 from train.files import whole_file
-from train.progress import tracked
 
 if TYPE_CHECKING:
     from datasets import Dataset

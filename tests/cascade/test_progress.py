@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from train.progress import EVERY_S, tracked
+from cascade.progress import EVERY_S, tracked
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of EVERY_S from one look at the clock to the next: one before the items, one after each."""
     now = iter(EVERY_S / 3 * n for n in range(1000))
-    monkeypatch.setattr("train.progress.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("cascade.progress.time.monotonic", lambda: next(now))
 
 
 def test_a_log_gets_a_line_now_and_then(slow: None, capsys: pytest.CaptureFixture[str]) -> None:

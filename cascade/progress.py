@@ -1,4 +1,4 @@
-"""How far something is that takes minutes before training begins."""
+"""How far a command is in what may take minutes."""
 
 from __future__ import annotations
 
